@@ -1,0 +1,1 @@
+"""Export: checkpoints become quantised model files, with the numbers to prove it."""

@@ -1,0 +1,1 @@
+"""Training: checkpoint reader, reference model (the definition of correct), tasks, trainer."""

@@ -1,0 +1,1 @@
+"""Engines: run a model file behind one seam (see ``base``)."""

@@ -1,0 +1,1 @@
+"""Policies: decide the depth of a query, and when to stop."""
