@@ -1,0 +1,214 @@
+"""Checkpoint directories: the only place that knows the tensor names of Hugging Face files.
+
+Reads the published Huginn and retrofit checkpoints (``model_type`` "huginn_raven") and our own layout
+(``model_type`` "localdepth": ``config.json`` with the fields of ``ModelConfig`` and canonical tensor names),
+sharded or not, in float32, float16 or bfloat16. Tensors are read one at a time and torch is not needed.
+
+Source of the published names and semantics: seal-rg/recurrent-pretraining and
+mcleish7/retrofitting-recurrence, both Apache-2.0.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs to read it
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from localdepth.config import ModelConfig
+from localdepth.errors import CheckpointError, ConfigError, StorageError
+from localdepth_train.layouts import recognise, some
+
+__all__ = ["Checkpoint", "save"]
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
+_TIE_ROWS = 4096  # rows compared at a time
+
+
+class Checkpoint:
+    """An open checkpoint directory; reads one tensor at a time under our names.
+
+    Attributes:
+        path: the directory.
+        tokenizer_files: paths of the tokenizer's files that exist, by file name.
+    Raises:
+        CheckpointError: for a missing, incomplete, foreign or contradictory directory.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path} is not a directory; pass the folder that holds config.json")
+        self._stack = ExitStack()
+        try:
+            record = _read_json(self.path / "config.json")
+            self._tensors = _open_shards(self.path, self._stack)
+            self._layout = recognise(record, {name: self._shape(name) for name in self._tensors}, self.path)
+            self._check_shapes()
+            self._check_tie()
+        except BaseException:
+            self._stack.close()
+            raise
+        self.tokenizer_files = {name: file for name in _TOKENIZER_FILES if (file := self.path / name).is_file()}
+
+    @property
+    def kind(self) -> str:
+        """What was recognised, for people: "Huginn", "retrofit OLMo-2", ..."""
+        return self._layout.kind
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model it holds."""
+        return self._layout.config
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the files; safe to call twice."""
+        self._stack.close()
+
+    @property
+    def dtypes(self) -> set[str]:
+        """Stored element types, in safetensors' words: F32, F16, BF16."""
+        return {str(self._slice(part.name).get_dtype()) for part in self._layout.parts.values()}
+
+    def read(self, name: str) -> npt.NDArray[np.float32]:
+        """One tensor under our name, widened to float32 (exact for f16 and bf16), C-contiguous."""
+        part = self._layout.parts[name]
+        source = self._slice(part.name)
+        rows, cols = slice(*part.rows) if part.rows else slice(None), slice(*part.cols) if part.cols else ...
+        try:
+            raw = source[part.index].reshape(-1) if part.index is not None else source[rows, cols]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {part.name} in {self.path}: {error}; download it again") from error
+        return np.ascontiguousarray(raw, dtype=np.float32)
+
+    def text(self, name: str) -> str | None:
+        """Contents of a tokenizer file, or None where the checkpoint has none of that name."""
+        file = self.tokenizer_files.get(name)
+        return None if file is None else _read_text(file)
+
+    def _slice(self, name: str) -> Any:
+        return self._tensors[name].get_slice(name)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def _check_shapes(self) -> None:
+        for name, wanted in self._layout.stored_shapes().items():
+            got, dtype = self._shape(name), self._slice(name).get_dtype()
+            if dtype not in ("F32", "F16", "BF16"):
+                raise CheckpointError(f"{name} in {self.path} is stored as {dtype}; we read F32, F16 and BF16")
+            # a packed bias [2, 1, H, D] is compared as [2, H * D]
+            flat = (got[0], math.prod(got[1:])) if len(got) > len(wanted) else got
+            if flat != wanted:
+                raise CheckpointError(
+                    f"{name} in {self.path} has shape {list(got)} where config.json implies {list(wanted)}; "
+                    "config and weights belong to different models"
+                )
+
+    def _check_tie(self) -> None:
+        """A tied model may store its head again; a different head would be silently lost."""
+        if not self.config.tied_head or "lm_head.weight" not in self._tensors:
+            return
+        head, embed = self._slice("lm_head.weight"), self._slice(self._layout.parts["token_embd.weight"].name)
+        n = self.config.n_vocab
+        same = head.get_shape() == embed.get_shape() and all(
+            np.array_equal(head[i : i + _TIE_ROWS], embed[i : i + _TIE_ROWS]) for i in range(0, n, _TIE_ROWS)
+        )
+        if not same:
+            raise CheckpointError(
+                f"{self.path} says its head is tied, but lm_head.weight differs from the embedding; "
+                "set tie_embeddings to false in config.json if the separate head is meant"
+            )
+
+
+def _open_shards(path: Path, stack: ExitStack) -> dict[str, Any]:
+    """Tensor name -> the open safetensors file that holds it."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise CheckpointError(f"{index} has no weight_map of file names; download it again")
+        files = sorted(set(weight_map.values()))
+        if outside := [name for name in files if Path(name).name != name]:
+            raise CheckpointError(f"{index} points outside its folder: {outside[0]!r}")
+    elif (path / "model.safetensors").is_file():
+        files = ["model.safetensors"]
+    else:
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise CheckpointError(
+            f"{path} has no model.safetensors or model.safetensors.index.json (found {found}); "
+            "pickled .bin weights are not read, convert them to safetensors"
+        )
+    tensors: dict[str, Any] = {}
+    for name in files:
+        try:
+            handle = stack.enter_context(safe_open(path / name, framework="numpy"))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {path / name}: {error}; download it again") from error
+        tensors |= dict.fromkeys(handle.keys(), handle)
+    return tensors
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(_read_text(file))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, got {type(record).__name__}")
+    return record
+
+
+def save(
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    tensors: Mapping[str, npt.NDArray[Any]],
+    files: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a checkpoint in our own layout; ``config.json`` comes last, so a partial folder never loads.
+
+    Args:
+        tensors: canonical name -> array of the shape in ``config.tensors()``, float32, float16 or bfloat16.
+        files: further text files by name, such as ``tokenizer.json``.
+    Raises:
+        ConfigError: when names or shapes differ from the config.
+        StorageError: when the folder cannot be written.
+    """
+    expected = config.tensors()
+    got = {name: tuple(array.shape) for name, array in tensors.items()}
+    if got != expected:
+        wrong = sorted(name for name in set(got) | set(expected) if got.get(name) != expected.get(name))
+        raise ConfigError(f"tensors do not fit the config: {some(wrong)}")
+    folder = Path(path)
+    record = {"model_type": "localdepth", "format_version": 1, **config.to_dict()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
+        save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, folder / "model.safetensors")
+        for name, text in (files or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot write {folder}: {error}") from error
+    return folder

@@ -1,0 +1,42 @@
+"""The spine: run the core on a span until its decision is met. The same for every engine."""
+
+from localdepth.engine.base import F32, Engine, Ids, Kv, Rows, Span
+from localdepth.policy.base import Decision, Seen
+
+__all__ = ["forward"]
+
+
+def forward(
+    engine: Engine, kv: Kv, tokens: Ids, decision: Decision, rows: Rows = "last", state: F32 | None = None
+) -> tuple[F32, int]:
+    """Extend ``kv`` by ``tokens`` and return their logits with the depth they took.
+
+    Args:
+        tokens: new ids, [n].
+        decision: between which depths, and what may stop earlier than the ceiling.
+        rows: logits of the last position, or of all.
+        state: s_0, [n, n_embd]; None is zeros.
+    Returns:
+        logits [1, n_vocab] or [n, n_vocab], and the passes run.
+    """
+    [span] = engine.prelude([(kv, tokens)], [state])
+    try:
+        while span.r < decision.ceiling:
+            engine.core([span])
+            if decision.exit and span.r >= decision.floor and decision.exit.stop(span.r, _seen(engine, span, decision)):
+                break
+        [logits] = engine.coda([span], rows)
+    except BaseException:
+        engine.drop([span])
+        raise
+    engine.commit([span])
+    return logits, span.r
+
+
+def _seen(engine: Engine, span: Span, decision: Decision) -> Seen:
+    """What the exit asked for, and nothing more: logits cost a coda."""
+    needs = decision.exit.needs if decision.exit else frozenset()
+    return Seen(
+        change=span.change if "change" in needs else None,
+        logits=engine.coda([span])[0][0] if "logits" in needs else None,
+    )
