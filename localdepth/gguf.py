@@ -1,0 +1,389 @@
+"""What a localdepth model file says: its keys, its tensors, and nothing that was not checked.
+
+A file is GGUF with ``general.architecture = "localdepth"``:
+
+    localdepth.format_version    1
+    localdepth.<field>           every field of ``ModelConfig``
+    localdepth.provenance.<name> where the weights come from, see ``PROVENANCE_KINDS``
+    localdepth.check.<field>     comparison with the reference, see ``Check``
+    localdepth.router.<name>     reserved, handed on as it is
+    tokenizer.*                  see ``TokenizerRecord``; optional
+
+and one tensor for each name of ``ModelConfig.tensors()``, the core once. An unknown key under
+``localdepth.`` is an error; keys of other namespaces are ignored. The writer imports every key from here.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from mmap import mmap
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, Keys
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+from localdepth.config import ModelConfig
+from localdepth.errors import ConfigError, ModelFileError
+from localdepth.gguf_container import StoredTensor, Value, damaged, map_file, read_header, read_tensors
+
+__all__ = [
+    "ARCHITECTURE",
+    "CHECK",
+    "FORMAT_VERSION",
+    "NAMESPACE",
+    "PROVENANCE",
+    "PROVENANCE_KINDS",
+    "ROUTER",
+    "Check",
+    "CheckStatus",
+    "GgufFile",
+    "Key",
+    "Provenance",
+    "Quant",
+    "TensorInfo",
+    "TokenizerRecord",
+    "read",
+]
+
+ARCHITECTURE = "localdepth"
+FORMAT_VERSION = 1
+NAMESPACE = f"{ARCHITECTURE}."
+PROVENANCE = f"{NAMESPACE}provenance."
+CHECK = f"{NAMESPACE}check."
+ROUTER = f"{NAMESPACE}router."
+
+Provenance = Mapping[str, str | tuple[str, ...]]
+PROVENANCE_KINDS: Mapping[str, type[str] | type[tuple[str, ...]]] = {
+    **dict.fromkeys(("source", "license", "exporter", "quant"), str),
+    "fallbacks": tuple,  # of "tensor: Q8_0 -> F16"
+}
+
+# Architectures the retrofit starts from; in GGUF, Mistral and TinyLlama call themselves llama.
+_PLAIN = ("llama", "mistral", "olmo2", "qwen")
+_MAX_SHOWN = 3  # names in a message
+_MAX_OPTION = 40  # characters; no option is called longer
+_T = TypeVar("_T")
+
+
+class Key(StrEnum):
+    """Keys of fixed name; the others are a prefix and a field."""
+
+    ARCHITECTURE = Keys.General.ARCHITECTURE
+    FORMAT_VERSION = f"{NAMESPACE}format_version"
+    TOKENIZER_JSON = Keys.Tokenizer.HF_JSON
+    BOS_ID = Keys.Tokenizer.BOS_ID
+    EOS_ID = Keys.Tokenizer.EOS_ID
+    EOS_IDS = "tokenizer.ggml.eos_token_ids"  # ours: models with several ends of text
+    ADD_BOS = Keys.Tokenizer.ADD_BOS
+    CHAT_TEMPLATE = Keys.Tokenizer.CHAT_TEMPLATE
+
+
+class Quant(StrEnum):
+    """How the numbers of a tensor are stored; the names and block sizes are ggml's."""
+
+    F32 = "F32"
+    F16 = "F16"
+    BF16 = "BF16"
+    Q8_0 = "Q8_0"
+    Q4_0 = "Q4_0"
+    Q4_K = "Q4_K"
+    Q5_0 = "Q5_0"
+    Q5_K = "Q5_K"
+    Q6_K = "Q6_K"
+
+    @property
+    def ggml_type(self) -> GGMLQuantizationType:
+        """ggml's number for it."""
+        return GGMLQuantizationType[self.value]
+
+    @property
+    def block(self) -> int:
+        """Numbers in a block; a row is a whole number of blocks."""
+        return GGML_QUANT_SIZES[self.ggml_type][0]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        return GGML_QUANT_SIZES[self.ggml_type][1]
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape may be stored so; norms and biases stay float32, as ggml adds them."""
+        return shape[-1] % self.block == 0 and (len(shape) > 1 or self is Quant.F32)
+
+    def n_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor of this shape."""
+        return math.prod(shape) // self.block * self.block_bytes
+
+
+class CheckStatus(StrEnum):
+    """Whether the file was found equal to the reference within its tolerances."""
+
+    VERIFIED = "verified"
+    UNVERIFIED = "unverified"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor: row-major shape ``[out, in]`` or ``[n]``, ``n_bytes`` bytes at byte ``offset`` of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    quant: Quant
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerRecord:
+    """The tokenizer as the file holds it.
+
+    ``json`` is the text of a Hugging Face tokenizer.json; ``eos`` may hold several ids, the first is the
+    one other programs read.
+    """
+
+    json: str
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+    add_bos: bool = False
+    chat_template: str | None = None
+
+    def check_ids(self, n_vocab: int) -> None:
+        """Raise ConfigError for an id outside the vocabulary, or a start token wanted but not named."""
+        ids = (*self.eos, *(() if self.bos is None else (self.bos,)))
+        if wrong := [i for i in ids if not 0 <= i < n_vocab]:
+            raise ConfigError(f"token id {wrong[0]} of the tokenizer is outside 0..{n_vocab - 1}")
+        if self.add_bos and self.bos is None:
+            raise ConfigError(f"{Key.ADD_BOS} is true, {Key.BOS_ID} is missing")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Logits of the file against the reference, depth by depth.
+
+    ``max_abs`` is the largest difference, ``kl`` the mean KL divergence in nats, ``top1`` the share of
+    positions with the same best token.
+    """
+
+    status: CheckStatus
+    depths: tuple[int, ...] = ()
+    max_abs: tuple[float, ...] = ()
+    kl: tuple[float, ...] = ()
+    top1: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if {len(self.max_abs), len(self.kl), len(self.top1)} != {len(self.depths)}:
+            raise ConfigError(f"{CHECK}*: one value of each kind is needed for each of the depths {self.depths}")
+        if self.status is CheckStatus.VERIFIED and not self.depths:
+            raise ConfigError(f"{CHECK}status is {self.status} without a depth that was compared")
+
+
+@dataclass(eq=False, slots=True)
+class GgufFile:
+    """An open model file. Use it as a context manager, or ``close`` it."""
+
+    path: Path
+    config: ModelConfig
+    tensors: Mapping[str, TensorInfo]
+    tokenizer: TokenizerRecord | None
+    provenance: Provenance
+    check: Check | None
+    router: Mapping[str, Value]
+    _buffer: mmap | None = field(repr=False)
+
+    def data(self, name: str) -> NDArray[np.uint8]:
+        """Stored bytes of a tensor: ``[n_bytes]`` uint8, a read-only view into the file."""
+        if self._buffer is None:
+            raise ModelFileError(f"{self.path} is closed; read it again")
+        info = self.tensors[name]
+        return np.frombuffer(self._buffer, np.uint8, info.n_bytes, info.offset)
+
+    def array(self, name: str) -> NDArray[np.float32]:
+        """Numbers of a tensor: float32 in its row-major shape, in memory of their own."""
+        info = self.tensors[name]
+        rows = self.data(name).reshape(math.prod(info.shape[:-1]), -1)
+        values = dequantize(rows, info.quant.ggml_type)
+        return np.require(values, np.float32, ["C", "W"]).reshape(info.shape)
+
+    def close(self) -> None:
+        """Let go of the file; views handed out by ``data`` stay valid and keep it mapped until they die."""
+        self._buffer = None
+
+    def __enter__(self) -> "GgufFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read(path: str | os.PathLike[str]) -> GgufFile:
+    """Open a model file and check all it says; tensor data are mapped, not loaded.
+
+    Raises:
+        ModelFileError: missing, unreadable, damaged, foreign, or from another version; the message says what to do.
+    """
+    path = Path(path)
+    buffer = map_file(path)
+    try:
+        return _interpret(path, buffer)
+    except ConfigError as error:
+        buffer.close()
+        raise ModelFileError(f"{path}: {error}; export the model again") from None
+    except ModelFileError as error:
+        buffer.close()
+        raise ModelFileError(f"{path}: {error}") from None
+
+
+def _interpret(path: Path, buffer: mmap) -> GgufFile:
+    header = read_header(buffer, keep=_is_read)
+    values = {key: entry.value for key, entry in header.entries.items() if entry.value is not None}
+    _refuse_foreign(values)
+    config = _config(values)
+    table = read_tensors(buffer, header)
+    return GgufFile(
+        path=path,
+        config=config,
+        tensors=_tensors(config, table.tensors, table.data_start),
+        tokenizer=_tokenizer(values, config.n_vocab),
+        provenance=_provenance(values),
+        check=_check(values),
+        router={key.removeprefix(ROUTER): value for key, value in values.items() if key.startswith(ROUTER)},
+        _buffer=buffer,
+    )
+
+
+# Every key read from a file; others outside our namespace are only stepped over.
+_FIXED = frozenset(str(key) for key in Key)
+_KNOWN = _FIXED.union(
+    (f"{NAMESPACE}{item.name}" for item in fields(ModelConfig)),
+    (f"{PROVENANCE}{name}" for name in PROVENANCE_KINDS),
+    (f"{CHECK}{item.name}" for item in fields(Check)),
+)
+
+
+def _is_read(key: str) -> bool:
+    return key.startswith(NAMESPACE) or key in _FIXED
+
+
+def _refuse_foreign(values: Mapping[str, Value]) -> None:
+    """Refuse other architectures, other versions, and keys of ours that we do not know."""
+    architecture = _get(values, Key.ARCHITECTURE, str) or "none"
+    if architecture.startswith(_PLAIN):
+        raise ModelFileError(
+            f"architecture {architecture!r:.40} is a plain model without a core to repeat; "
+            f"`localdepth retrofit BASE -o OUT` makes its original checkpoint BASE a looped one"
+        )
+    if architecture != ARCHITECTURE:
+        raise ModelFileError(
+            f"architecture {architecture!r:.40} is not {ARCHITECTURE!r}; pass a file made by `localdepth export gguf`"
+        )
+    version = _get(values, Key.FORMAT_VERSION, int)
+    if version != FORMAT_VERSION:
+        raise ModelFileError(
+            f"{Key.FORMAT_VERSION}={version} is not {FORMAT_VERSION}; upgrade localdepth or export the model again"
+        )
+    ours = [key for key in values if key.startswith(NAMESPACE) and not key.startswith(ROUTER)]
+    if unknown := [key for key in ours if key not in _KNOWN]:
+        raise ModelFileError(f"unknown keys {_some(unknown)}; upgrade localdepth or export the model again")
+
+
+def _config(values: Mapping[str, Value]) -> ModelConfig:
+    record: dict[str, Any] = {}
+    for item in fields(ModelConfig):
+        value = values.get(f"{NAMESPACE}{item.name}")
+        if isinstance(value, tuple | np.ndarray):
+            raise ConfigError(f"{NAMESPACE}{item.name} is an array, not one value")
+        if value is not None:
+            record[item.name] = value[:_MAX_OPTION] if isinstance(value, str) else value
+    return ModelConfig.from_dict(record)
+
+
+def _tensors(config: ModelConfig, stored: Mapping[str, StoredTensor], data_start: int) -> dict[str, TensorInfo]:
+    """The tensors in the order of ``config.tensors()``, each of the shape and kind the model needs."""
+    shapes = config.tensors()
+    if missing := [name for name in shapes if name not in stored]:
+        raise damaged(f"missing tensors {_some(missing)}")
+    if surplus := [name for name in stored if name not in shapes]:
+        raise damaged(f"tensors {_some(surplus)} do not belong to a model of these sizes")
+    if wrong := [name for name in shapes if stored[name].shape != shapes[name]]:
+        have, need = stored[wrong[0]].shape, shapes[wrong[0]]
+        raise damaged(f"tensors {_some(wrong)} have other shapes than the model, {list(have)} instead of {list(need)}")
+    return {name: _tensor(stored[name], data_start) for name in shapes}
+
+
+def _tensor(stored: StoredTensor, data_start: int) -> TensorInfo:
+    try:
+        quant = Quant(stored.ggml_type.name)
+    except ValueError:
+        raise ModelFileError(
+            f"tensor {stored.name!r} is stored as {stored.ggml_type.name}; export the model again as one of "
+            f"{', '.join(Quant)}"
+        ) from None
+    if not quant.fits(stored.shape):
+        raise ModelFileError(
+            f"tensor {stored.name!r} is a norm or a bias and stored as {quant}, not F32; export it again"
+        )
+    return TensorInfo(stored.name, stored.shape, quant, data_start + stored.offset, stored.n_bytes)
+
+
+def _tokenizer(values: Mapping[str, Value], n_vocab: int) -> TokenizerRecord | None:
+    json = _get(values, Key.TOKENIZER_JSON, str)
+    if json is None:
+        return None
+    eos = _get(values, Key.EOS_ID, int)
+    record = TokenizerRecord(
+        json=json,
+        bos=_get(values, Key.BOS_ID, int),
+        eos=_array(values, Key.EOS_IDS, "iu") or (() if eos is None else (eos,)),
+        add_bos=_get(values, Key.ADD_BOS, bool) or False,
+        chat_template=_get(values, Key.CHAT_TEMPLATE, str),
+    )
+    record.check_ids(n_vocab)
+    return record
+
+
+def _provenance(values: Mapping[str, Value]) -> Provenance:
+    found = ((name, _get(values, f"{PROVENANCE}{name}", kind)) for name, kind in PROVENANCE_KINDS.items())
+    return {name: value for name, value in found if value is not None}
+
+
+def _check(values: Mapping[str, Value]) -> Check | None:
+    if not any(key.startswith(CHECK) for key in values):
+        return None
+    status = _get(values, f"{CHECK}status", str)
+    if status not in list(CheckStatus):
+        raise ConfigError(f"{CHECK}status={status!r:.40} is not one of {', '.join(CheckStatus)}")
+    return Check(
+        CheckStatus(status),
+        depths=_array(values, f"{CHECK}depths", "iu"),
+        max_abs=_array(values, f"{CHECK}max_abs", "f"),
+        kl=_array(values, f"{CHECK}kl", "f"),
+        top1=_array(values, f"{CHECK}top1", "f"),
+    )
+
+
+def _get(values: Mapping[str, Value], key: str, kind: type[_T]) -> _T | None:
+    """The value of ``key``, or None where the file has no such key."""
+    value = values.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
+        raise ConfigError(f"{key} is of type {type(value).__name__}, not {kind.__name__}")
+    return value
+
+
+def _array(values: Mapping[str, Value], key: str, kinds: str) -> tuple[Any, ...]:
+    """The numbers of an array, or () where the file has no such key; ``kinds`` are numpy's letters."""
+    value = values.get(key, np.empty(0, kinds[0]))
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds:
+        raise ConfigError(f"{key} is not an array of {'integers' if 'i' in kinds else 'floats'}")
+    return tuple(value.tolist())
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _MAX_SHOWN
+    return ", ".join(names[:_MAX_SHOWN]) + (f" and {more} more" if more > 0 else "")
