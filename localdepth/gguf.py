@@ -304,6 +304,9 @@ def _config(values: Mapping[str, Value]) -> ModelConfig:
 
 def _tensors(config: ModelConfig, stored: Mapping[str, StoredTensor], data_start: int) -> dict[str, TensorInfo]:
     """The tensors in the order of ``config.tensors()``, each of the shape and kind the model needs."""
+    n_layers = config.n_prelude + config.n_core + config.n_coda
+    if n_layers > len(stored):  # before thousands of names are made up
+        raise damaged(f"{n_layers} layers cannot be made of {len(stored)} tensors")
     shapes = config.tensors()
     if missing := [name for name in shapes if name not in stored]:
         raise damaged(f"missing tensors {_some(missing)}")

@@ -1,5 +1,7 @@
 """The spine: run the core on a span until its decision is met. The same for every engine."""
 
+from collections.abc import Callable
+
 from localdepth.engine.base import F32, Engine, Ids, Kv, Rows, Span
 from localdepth.policy.base import Decision, Seen
 
@@ -7,7 +9,13 @@ __all__ = ["forward"]
 
 
 def forward(
-    engine: Engine, kv: Kv, tokens: Ids, decision: Decision, rows: Rows = "last", state: F32 | None = None
+    engine: Engine,
+    kv: Kv,
+    tokens: Ids,
+    decision: Decision,
+    rows: Rows = "last",
+    state: F32 | None = None,
+    observe: Callable[[Span], None] | None = None,
 ) -> tuple[F32, int]:
     """Extend ``kv`` by ``tokens`` and return their logits with the depth they took.
 
@@ -16,6 +24,7 @@ def forward(
         decision: between which depths, and what may stop earlier than the ceiling.
         rows: logits of the last position, or of all.
         state: s_0, [n, n_embd]; None is zeros.
+        observe: called after every pass, for callers that want the states.
     Returns:
         logits [1, n_vocab] or [n, n_vocab], and the passes run.
     """
@@ -23,7 +32,9 @@ def forward(
     try:
         while span.r < decision.ceiling:
             engine.core([span])
-            if decision.exit and span.r >= decision.floor and decision.exit.stop(span.r, _seen(engine, span, decision)):
+            if observe:
+                observe(span)
+            if _due(span, decision) and decision.exit and decision.exit.stop(span.r, _seen(engine, span, decision)):
                 break
         [logits] = engine.coda([span], rows)
     except BaseException:
@@ -31,6 +42,11 @@ def forward(
         raise
     engine.commit([span])
     return logits, span.r
+
+
+def _due(span: Span, decision: Decision) -> bool:
+    """Whether stopping now would be allowed and would save a pass."""
+    return decision.floor <= span.r < decision.ceiling
 
 
 def _seen(engine: Engine, span: Span, decision: Decision) -> Seen:

@@ -29,7 +29,7 @@ from localdepth_train.layouts import recognise, some
 
 __all__ = ["Checkpoint", "save"]
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
+_TEXTS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "README.md")
 _TIE_ROWS = 4096  # rows compared at a time
 
 
@@ -38,7 +38,6 @@ class Checkpoint:
 
     Attributes:
         path: the directory.
-        tokenizer_files: paths of the tokenizer's files that exist, by file name.
     Raises:
         CheckpointError: for a missing, incomplete, foreign or contradictory directory.
     """
@@ -57,7 +56,6 @@ class Checkpoint:
         except BaseException:
             self._stack.close()
             raise
-        self.tokenizer_files = {name: file for name in _TOKENIZER_FILES if (file := self.path / name).is_file()}
 
     @property
     def kind(self) -> str:
@@ -96,9 +94,10 @@ class Checkpoint:
         return np.ascontiguousarray(raw, dtype=np.float32)
 
     def text(self, name: str) -> str | None:
-        """Contents of a tokenizer file, or None where the checkpoint has none of that name."""
-        file = self.tokenizer_files.get(name)
-        return None if file is None else _read_text(file)
+        """Contents of a text file that goes with the weights, or None where the directory has none of that name."""
+        assert name in _TEXTS, f"one of {_TEXTS}"
+        file = self.path / name
+        return _read_text(file) if file.is_file() else None
 
     def _slice(self, name: str) -> Any:
         return self._tensors[name].get_slice(name)

@@ -1,0 +1,110 @@
+"""Checkpoint -> GGUF: quantise tensor by tensor, record what was done."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from localdepth_train.checkpoint import Checkpoint
+from numpy.typing import NDArray
+
+from localdepth.engine.ggml.quantize import quantize
+from localdepth.errors import ConfigError
+from localdepth.gguf import Quant
+from localdepth_export.gguf_writer import write
+from localdepth_export.tokenizer_record import read_license, read_tokenizer
+
+__all__ = ["QUANTS", "Export", "to_gguf"]
+
+QUANTS = (Quant.F32, Quant.F16, Quant.BF16, Quant.Q8_0)
+_FALLBACK = {Quant.Q8_0: Quant.F16}  # where a shape cannot hold the blocks
+_F16_MAX = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What an export wrote.
+
+    Attributes:
+        fallbacks: tensors whose shape could not hold the quant asked for, "name: Q8_0 -> F16".
+        n_bytes: size of the file.
+    """
+
+    path: Path
+    kind: str
+    quant: Quant
+    fallbacks: tuple[str, ...]
+    n_bytes: int
+    n_params: int
+    has_tokenizer: bool
+
+
+def to_gguf(
+    checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], *, quant: str | Quant = Quant.Q8_0
+) -> Export:
+    """Write ``checkpoint`` as one GGUF file.
+
+    Matrices are stored as ``quant``, norms and biases as float32. Reads one tensor at a time and needs no torch.
+
+    Args:
+        checkpoint: directory of a published or own looped model.
+        out: file to write; it appears complete or not at all.
+        quant: one of F32, F16, BF16, Q8_0, in any case.
+    Raises:
+        ConfigError: unknown quant, or values the quant cannot hold.
+        CheckpointError: the directory cannot be used.
+        StorageError: the file cannot be written.
+    """
+    quant = _parse(quant)
+    with Checkpoint(checkpoint) as source:
+        shapes = source.config.tensors()
+        quants = {name: _choose(shape, quant) for name, shape in shapes.items()}
+        fallbacks = tuple(
+            f"{name}: {quant} -> {chosen}"
+            for name, chosen in quants.items()
+            if chosen is not quant and len(shapes[name]) > 1
+        )
+        tokenizer = read_tokenizer(source)
+        provenance: dict[str, str | tuple[str, ...]] = {
+            "source": source.path.resolve().name,
+            "exporter": f"localdepth {version('localdepth')}",
+            "quant": str(quant),
+            "fallbacks": fallbacks,
+        }
+        if license_name := read_license(source):
+            provenance["license"] = license_name
+        write(out, source.config, quants, _encoded(source, quants), tokenizer=tokenizer, provenance=provenance)
+        return Export(
+            path=Path(out),
+            kind=source.kind,
+            quant=quant,
+            fallbacks=fallbacks,
+            n_bytes=Path(out).stat().st_size,
+            n_params=source.config.n_params,
+            has_tokenizer=tokenizer is not None,
+        )
+
+
+def _parse(quant: str) -> Quant:
+    name = quant.upper()
+    if name not in QUANTS:
+        raise ConfigError(f"quant={quant!r} is not one of {', '.join(QUANTS)}")
+    return Quant(name)
+
+
+def _choose(shape: tuple[int, ...], quant: Quant) -> Quant:
+    if len(shape) == 1:
+        return Quant.F32
+    while not quant.fits(shape):
+        quant = _FALLBACK[quant]
+    return quant
+
+
+def _encoded(source: Checkpoint, quants: dict[str, Quant]) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    for name, quant in quants.items():
+        array = source.read(name)
+        if quant is Quant.F16 and float(np.abs(array).max()) > _F16_MAX:
+            raise ConfigError(f"{name} has values beyond {_F16_MAX:.0f}, the largest F16; export as BF16 or F32")
+        yield name, quantize(array, quant)

@@ -1,0 +1,371 @@
+"""The command line: each command parses, calls one function of the library, prints.
+
+Exit codes: 0 done, 1 the check failed, 2 request or file refused, 3 the machine failed, 130 interrupted.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import wraps
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import click
+import typer
+from rich.text import Text
+
+from localdepth import console
+from localdepth.errors import LocalDepthError, MissingExtra, PromptError, RequestError
+
+__all__ = ["app", "main"]
+
+CHECK_FAILED, REFUSED, MACHINE_FAILED, INTERRUPTED = 1, 2, 3, 130
+
+app = typer.Typer(
+    name="localdepth",
+    help="Run recurrent-depth language models on a laptop, and decide how hard they think.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+export_app = typer.Typer(help="Write a checkpoint as a model file.", no_args_is_help=True)
+train_app = typer.Typer(help="Train looped models.", no_args_is_help=True)
+app.add_typer(export_app, name="export")
+app.add_typer(train_app, name="train")
+
+P = ParamSpec("P")
+
+ModelOption = Annotated[Path | None, typer.Option("--model", "-m", help="Model file; the default model without it.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one line of JSON, the result, and nothing else.")]
+EngineOption = Annotated[str, typer.Option("--engine", help="auto, ggml, or toy (slow, needs no compiler).")]
+
+
+def main() -> None:
+    """Entry point of the ``localdepth`` command."""
+    try:
+        code = app(standalone_mode=False)
+    except click.exceptions.ClickException as error:
+        error.show()
+        code = REFUSED
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        console.notes.print("interrupted")
+        code = INTERRUPTED
+    except BrokenPipeError:
+        console.quiet_pipe()
+        code = 0
+    sys.exit(code or 0)
+
+
+def command(function: Callable[P, int | None]) -> Callable[P, None]:
+    """Turn our errors and a returned exit code into the process's exit code."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            code = function(*args, **kwargs) or 0
+        except LocalDepthError as error:
+            code = console.report_error(error, bool(kwargs.get("as_json")))
+        raise typer.Exit(code)
+
+    return run
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if show_version:
+        console.say.print(f"localdepth {version('localdepth')}")
+        raise typer.Exit
+
+
+@app.command()
+@command
+def ask(
+    question: Annotated[str, typer.Argument(help='What to ask; "-" reads it from standard input.')],
+    depth: Annotated[str, typer.Option("--depth", "-d", help="Passes, or auto, quick, deep, low, high, ...")] = "auto",
+    model: ModelOption = None,
+    engine: EngineOption = "auto",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="Text that ends the answer; may be repeated.")
+    ] = None,
+    n_ctx: Annotated[int | None, typer.Option("--n-ctx", help="Context size.")] = None,
+    n_threads: Annotated[int | None, typer.Option("--threads", help="Compute threads.")] = None,
+    ring: Annotated[int | None, typer.Option("--ring", help="Share K/V between passes in a ring of this many.")] = None,
+    kv_type: Annotated[str, typer.Option("--kv-type", help="f16 or f32.")] = "f16",
+    as_json: JsonOption = False,
+) -> None:
+    """Answer one question and say the depth it took."""
+    from localdepth.model import load
+    from localdepth.sampling import Sampling
+
+    text = _read_question(question)
+    with load(model, engine=engine, n_ctx=n_ctx, n_threads=n_threads, ring=ring, kv_type=kv_type) as loaded:
+        stream = loaded.stream(
+            text,
+            depth=_parse_depth(depth),
+            sampling=Sampling(temperature=temperature, seed=seed),
+            max_tokens=max_tokens,
+            stop=tuple(stop or ()),
+        )
+        pieces, deepest = [], 0
+        for token in stream:
+            pieces.append(token.text)
+            deepest = max(deepest, token.depth)
+            if not as_json:
+                console.answer(token.text)
+    stats, decision = stream.stats, stream.decision
+    if as_json:
+        console.emit(
+            {
+                "text": "".join(pieces),
+                "depth": deepest,
+                "mean_depth": round(stats.mean_depth, 4),
+                "chosen_by": decision.chosen_by,
+                "reason": decision.reason,
+                "finish_reason": stream.finish_reason,
+                "stats": asdict(stats),
+            }
+        )
+        return
+    console.answer("\n")
+    seconds = (stats.prompt_ms + stats.decode_ms) / 1000
+    console.notes.print(
+        f"depth {deepest}, chosen by {decision.chosen_by}: {decision.reason} · {stats.n_generated} tokens in "
+        f"{seconds:.2f} s · ended by {stream.finish_reason}",
+        style="dim",
+    )
+
+
+@app.command()
+@command
+def doctor(as_json: JsonOption = False) -> int:
+    """Say what is installed, what can run here, and what to type for the rest."""
+    from localdepth.doctor import examine
+
+    health = examine()
+    if as_json:
+        console.emit(health.to_dict())
+    else:
+        for finding in health.findings:
+            mark = Text("ok  ", "green") if finding.good else Text("--  ", "yellow")
+            console.say.print(Text.assemble(mark, (f"{finding.name}: ", "bold"), finding.seen))
+            if finding.remedy:
+                console.say.print(Text.assemble("      ", finding.remedy))
+    return 0 if health.ready else CHECK_FAILED
+
+
+@app.command()
+@command
+def inspect(
+    file: Annotated[Path, typer.Argument(help="Model file.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a model file holds, without loading its weights."""
+    from localdepth.gguf import read
+
+    with read(file) as opened:
+        quants: dict[str, int] = {}
+        for info in opened.tensors.values():
+            quants[info.quant] = quants.get(info.quant, 0) + info.n_bytes
+        record: dict[str, Any] = {
+            "config": opened.config.to_dict(),
+            "n_params": opened.config.n_params,
+            "n_bytes": file.stat().st_size,
+            "bytes_by_quant": quants,
+            "tokenizer": opened.tokenizer is not None,
+            "chat_template": bool(opened.tokenizer and opened.tokenizer.chat_template),
+            "provenance": dict(opened.provenance),
+            "check": None if opened.check is None else asdict(opened.check),
+        }
+    if as_json:
+        console.emit(record)
+        return
+    config = record.pop("config")
+    console.say.print(console.table(("model", ""), [(key, str(value)) for key, value in config.items()]))
+    console.say.print()
+    console.say.print(console.table(("file", ""), [(key, _brief(value)) for key, value in record.items()]))
+
+
+@app.command()
+@command
+def curve(
+    model: ModelOption = None,
+    depths: Annotated[str, typer.Option("--depths", help="Depths to measure.")] = "1,2,3,4,6,8,12,16,32,64",
+    seed: Annotated[int, typer.Option("--seed", help="Of the fresh questions.")] = 0,
+    per_cell: Annotated[int, typer.Option("--per-cell", min=1, help="Questions for each number of steps.")] = 300,
+    steps: Annotated[str, typer.Option("--steps", help="Numbers of steps to ask.")] = "1,2,3,4,5,6,7,8",
+    data: Annotated[Path | None, typer.Option("--data", help="JSONL with question, answer, family, steps.")] = None,
+    engine: EngineOption = "auto",
+    n_threads: Annotated[int | None, typer.Option("--threads", help="Compute threads.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure accuracy by steps and depth on questions the model has not been trained on."""
+    from localdepth_apps.curve import is_same_answer, measure, read_questions
+    from localdepth_train import tasks
+
+    from localdepth.model import load
+
+    wanted = _parse_ints("depths", depths)
+    questions: list[Any] = (
+        tasks.evaluation(seed, -(-per_cell // len(tasks.FAMILIES)), steps=_parse_ints("steps", steps))
+        if data is None
+        else list(read_questions(data))
+    )
+    note = f"{len(questions)} questions from {data}" if data else _describe_split(questions)
+    with load(model, engine=engine, n_threads=n_threads) as loaded:
+        with console.ticking("asking", len(questions) * len(wanted)) as progress:
+            tick = lambda: progress.advance(progress.task_ids[0])  # noqa: E731
+            result = measure(loaded, questions, wanted, is_same_answer if data else tasks.is_right, tick)
+    if as_json:
+        console.notes.print(note)
+        console.emit(result.to_dict())
+        return
+    headings = ("", *(f"depth {depth}" for depth in wanted))
+    rows = [(f"{n} steps", cells) for n, cells in sorted(result.by_steps.items())]
+    rows += [(family, cells) for family, cells in sorted(result.by_family.items())]
+    rows.append(("all", result.total))
+    shown = [(name, *(console.shade(cells[depth].accuracy) for depth in wanted)) for name, cells in rows]
+    shown.append(("ms an answer", *(f"{result.ms[depth]:.1f} " for depth in wanted)))
+    console.say.print(console.table(headings, shown, "right answers, %"))
+    console.say.print(note)
+
+
+@app.command()
+@command
+def verify(
+    file: Annotated[Path, typer.Argument(help="Model file; the result is written into it.")],
+    checkpoint: Annotated[Path, typer.Argument(help="The directory it was exported from.")],
+    depths: Annotated[str, typer.Option("--depths", help="Depths to compare.")] = "1,2,4,8,16",
+    text: Annotated[Path | None, typer.Option("--text", help="Text to run; random tokens without it.")] = None,
+    record: Annotated[bool, typer.Option("--record/--no-record", help="Write the result into the file.")] = True,
+    as_json: JsonOption = False,
+) -> int:
+    """Compare a model file with its checkpoint, depth by depth, against the reference."""
+    from localdepth_export.verify import verify as run
+
+    sample = None if text is None else _read_text(text)
+    report = run(file, checkpoint, depths=_parse_ints("depths", depths), text=sample, record=record)
+    check = report.check
+    if as_json:
+        console.emit({"passed": report.passed, "quant": report.quant, "n_tokens": report.n_tokens, **asdict(check)})
+    else:
+        lines = zip(check.depths, check.max_abs, check.kl, check.top1, strict=True)
+        rows = [(str(d), f"{a:.2e}", f"{kl:.2e}", f"{100 * top:.1f} %") for d, a, kl, top in lines]
+        console.say.print(console.table(("depth", "max abs", "KL, nats", "same top-1"), rows))
+        verdict = "within" if report.passed else "BEYOND"
+        console.say.print(
+            f"{report.n_tokens} positions of {report.text_source}; {verdict} the bound for {report.quant}: "
+            f"max abs {report.bound.max_abs:g}, KL {report.bound.kl:g}"
+        )
+    return 0 if report.passed else CHECK_FAILED
+
+
+@export_app.command("gguf")
+@command
+def export_gguf(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory of a Huginn, retrofit or localdepth checkpoint.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
+    quant: Annotated[str, typer.Option("--quant", "-q", help="F32, F16, BF16 or Q8_0.")] = "Q8_0",
+    as_json: JsonOption = False,
+) -> None:
+    """Write a checkpoint as a GGUF file."""
+    with _extra("export"):
+        from localdepth_export.convert import to_gguf
+    done = to_gguf(checkpoint, out, quant=quant)
+    if as_json:
+        console.emit({**asdict(done), "path": str(done.path)})
+        return
+    console.say.print(
+        f"{done.path}: {done.kind}, {done.n_params:,} parameters as {done.quant}, {done.n_bytes:,} bytes"
+        f"{'' if done.has_tokenizer else ', no tokenizer: it takes and gives token ids'}"
+    )
+    for fallback in done.fallbacks:
+        console.say.print(f"  {fallback}")
+
+
+@train_app.command("run")
+@command
+def train_run(
+    recipe: Annotated[Path, typer.Argument(help="TOML file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; a stopped run goes on there.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model from a recipe; stop and run again to go on."""
+    with _extra("train"):
+        from localdepth_train.trainer import train
+    from localdepth_train.recipe import load_recipe
+
+    report = train(load_recipe(recipe), out)
+    if as_json:
+        console.emit({"steps": report.steps, "loss": report.loss, "checkpoint": str(report.checkpoint)})
+    else:
+        console.say.print(f"{report.steps} steps, loss {report.loss:.4f}, checkpoint {report.checkpoint}")
+
+
+class _extra:  # noqa: N801  reads as a statement
+    """Import what an extra brings, or say how to install it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, ModuleNotFoundError):
+            raise MissingExtra(f'{error.name} is not installed; type: pip install "localdepth[{self.name}]"') from error
+
+
+def _read_question(question: str) -> str:
+    if question != "-":
+        return question
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"standard input is not UTF-8 at byte {error.start}; convert it first") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"cannot read {path}: {error}") from error
+
+
+def _parse_depth(depth: str) -> int | str:
+    try:
+        return int(depth)
+    except ValueError:
+        return depth
+
+
+def _parse_ints(name: str, text: str) -> list[int]:
+    try:
+        values = [int(item) for item in text.split(",")]
+    except ValueError:
+        raise RequestError(f"{name}={text!r} must be whole numbers with commas between, such as 1,4,16") from None
+    return list(dict.fromkeys(values))
+
+
+def _describe_split(questions: list[Any]) -> str:
+    from localdepth_train import tasks
+
+    divided = [question for question in questions if question.is_split]
+    return (
+        f"{len(questions)} fresh questions; {len(divided)} of them on held-out compositions, of which "
+        f"{100 * tasks.overlap(questions):.1f} % occur in training; the rest, with too few steps to be split, are drawn anew"
+    )
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_brief(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(_brief(item) for item in value) or "none"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

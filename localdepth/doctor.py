@@ -1,0 +1,99 @@
+"""What is installed, what can run here, and the exact line to get what is missing."""
+
+import importlib.util
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from localdepth.engine.ggml.lib import INSTALL_LINE, find_libraries, library
+from localdepth.errors import LocalDepthError
+from localdepth.model import default_threads, load
+
+__all__ = ["Finding", "Health", "examine"]
+
+_EXTRAS = {
+    "gguf": ("llama_cpp",),
+    "export": ("safetensors", "ml_dtypes", "llama_cpp"),
+    "train": ("torch", "safetensors", "ml_dtypes"),
+}
+_TRIAL = "A lift is on floor 4. It goes up 3 floors. Which floor is it on?"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at: whether it is good, what was seen, and what to type where it is not."""
+
+    name: str
+    good: bool
+    seen: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """All findings; ``ready`` when a model file can be run."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def ready(self) -> bool:
+        return all(finding.good for finding in self.findings if finding.name in ("python", "ggml", "default model"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"ready": self.ready, "findings": [asdict(finding) for finding in self.findings]}
+
+
+def examine() -> Health:
+    """Look at interpreter, machine, libraries, extras, and let the default model answer once."""
+    extras = tuple(_extra(name, modules) for name, modules in _EXTRAS.items())
+    return Health((_python(), _machine(), _ggml(), *extras, _default_model()))
+
+
+def _python() -> Finding:
+    good = sys.version_info >= (3, 11)
+    seen = f"{platform.python_version()}, localdepth {version('localdepth')}"
+    return Finding("python", good, seen, "" if good else "install Python 3.11 or newer")
+
+
+def _machine() -> Finding:
+    memory = ""
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB memory"
+    seen = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {default_threads()} for compute{memory}"
+    return Finding("machine", True, seen)
+
+
+def _ggml() -> Finding:
+    try:
+        lib = library()
+    except LocalDepthError as error:
+        return Finding("ggml", False, str(error), INSTALL_LINE)
+    features = [name for name in ("avx2", "avx512", "neon") if getattr(lib, f"ggml_cpu_has_{name}")()]
+    return Finding("ggml", True, f"{lib.version} in {find_libraries()} ({', '.join(features) or 'no vector features'})")
+
+
+def _extra(name: str, modules: tuple[str, ...]) -> Finding:
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    seen = f"missing {', '.join(missing)}" if missing else ", ".join(_versioned(module) for module in modules)
+    return Finding(f"extra {name}", not missing, seen, f'pip install "localdepth[{name}]"' if missing else "")
+
+
+def _versioned(module: str) -> str:
+    distribution = {"llama_cpp": "llama-cpp-python"}.get(module, module)
+    try:
+        return f"{distribution} {version(distribution)}"
+    except PackageNotFoundError:
+        return distribution
+
+
+def _default_model() -> Finding:
+    try:
+        with load() as model:
+            answer = model.generate(_TRIAL, max_tokens=16)
+    except LocalDepthError as error:
+        return Finding("default model", False, str(error), "reinstall: pip install --force-reinstall localdepth")
+    return Finding("default model", True, f"answers {answer.text.strip()!r} at depth {answer.depth}")

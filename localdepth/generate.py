@@ -1,0 +1,288 @@
+"""Generation: a stream of tokens, each with the depth it took; a whole answer is a fold over the stream."""
+
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from localdepth.config import ModelConfig
+from localdepth.engine.base import F32, Engine, Span, initial_state
+from localdepth.errors import ContextOverflow, RequestError
+from localdepth.loop import forward
+from localdepth.policy.base import Decision
+from localdepth.sampling import GREEDY, Sampling, pick
+from localdepth.tokenizer import StopStrings, Tokenizer
+
+__all__ = ["FinishReason", "Generation", "Request", "Stats", "Stream", "Token"]
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended."""
+
+    STOP = "stop"  # the model's end token, or a stop string
+    LENGTH = "length"  # max_tokens
+    CONTEXT = "context"  # the context is full
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token.
+
+    Attributes:
+        text: what this token adds to the answer; empty while a character or a stop string is incomplete.
+        depth: passes its position ran to produce it.
+        logprob: natural logarithm of its probability under the model, before any sampling setting.
+        top: the most likely ids with their logprobs, as many as were asked for.
+    """
+
+    id: int
+    text: str
+    depth: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """What an answer cost.
+
+    Attributes:
+        mean_depth: passes over all prompt and generated positions, exit checks in pass equivalents
+            included, divided by the positions that ran.
+        generated_depth: mean depth of the generated tokens alone.
+        passes: the sum behind ``mean_depth``.
+    """
+
+    n_prompt: int
+    n_generated: int
+    mean_depth: float
+    generated_depth: float
+    passes: float
+    prompt_ms: float
+    decode_ms: float
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Tokens per second after the first."""
+        return (self.n_generated - 1) / self.decode_ms * 1000 if self.decode_ms > 0 and self.n_generated > 1 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """A whole answer; ``index`` is its place among the prompts of a batch."""
+
+    index: int = 0
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: FinishReason
+    decision: Decision
+    stats: Stats
+
+    @property
+    def depth(self) -> int:
+        """The deepest depth used."""
+        return max(token.depth for token in self.tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """Everything one answer needs, checked.
+
+    Attributes:
+        ids: prompt, at least one token.
+        decision: between which depths its positions run.
+        max_tokens: at least 1.
+        stop: strings that end the answer and are not part of it; checked by ``StopStrings``.
+        state_seed: draws s_0 from the file's distribution; None starts from zeros.
+        warm_start: a generated token starts from the raw state of the one before it.
+        top_logprobs: how many likely alternatives each token carries.
+    """
+
+    ids: tuple[int, ...]
+    decision: Decision
+    sampling: Sampling = GREEDY
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    state_seed: int | None = None
+    warm_start: bool = False
+    top_logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("max_tokens", 1, 1 << 31), ("top_logprobs", 0, 1000)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise RequestError(f"{name}={value!r} must be a whole number in {low}..{high}")
+        seed = self.state_seed
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64):
+            raise RequestError(f"state_seed={seed!r} must be a whole number in 0..2^64-1")
+
+
+class Stream:
+    """Iterates over the tokens of one answer. Closing it, or leaving its loop, frees its cache.
+
+    ``finish_reason`` is None until the stream has ended by itself; ``stats`` grow with it.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, request: Request, lock: threading.RLock) -> None:
+        self.request = request
+        self.finish_reason: FinishReason | None = None
+        self._engine, self._tokenizer, self._lock = engine, tokenizer, lock
+        limits = engine.limits
+        if len(request.ids) >= limits.n_ctx:
+            raise ContextOverflow(
+                f"the prompt has {len(request.ids)} tokens and n_ctx={limits.n_ctx} must also hold the answer; shorten "
+                f"it, or load the model with a larger n_ctx (it was made for up to {engine.config.n_ctx})"
+            )
+        self._texts = _Released(tokenizer, request.stop)
+        self._cost = _Cost(engine.config, request)
+        self._tokens = self._run()
+
+    @property
+    def decision(self) -> Decision:
+        """Between which depths, by whom and why."""
+        return self.request.decision
+
+    @property
+    def stats(self) -> Stats:
+        """Cost so far."""
+        return self._cost.stats()
+
+    def __iter__(self) -> Iterator[Token]:
+        return self
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def close(self) -> None:
+        """End early; safe to call twice."""
+        self._tokens.close()
+
+    def _run(self) -> Iterator[Token]:
+        request, engine = self.request, self._engine
+        ids = list(request.ids)
+        new: Sequence[int] = request.ids
+        with self._lock:
+            step = _Step(engine, request)
+        try:
+            while self.finish_reason is None:
+                began = time.perf_counter()
+                with self._lock:
+                    logits, depth = step(new)
+                chosen = pick(logits, request.sampling, position=len(ids), recent=ids, n_top=request.top_logprobs)
+                self._cost.add(len(new), depth, time.perf_counter() - began)
+                ids.append(chosen.id)
+                new = [chosen.id]
+                self.finish_reason, text = self._advance(chosen.id, len(ids))
+                yield Token(chosen.id, text, depth, chosen.logprob, chosen.top)
+        finally:
+            with self._lock:
+                step.close()
+
+    def _advance(self, token_id: int, n_ids: int) -> tuple[FinishReason | None, str]:
+        """Whether the answer ends with this token, and what the token adds to it."""
+        if self._tokenizer is not None and self._tokenizer.is_eos(token_id):
+            return FinishReason.STOP, self._texts.flush()
+        text, stopped = self._texts.push(token_id)
+        if stopped:
+            return FinishReason.STOP, text
+        if n_ids - len(self.request.ids) == self.request.max_tokens:
+            return FinishReason.LENGTH, text + self._texts.flush()
+        if n_ids == self._engine.limits.n_ctx:
+            return FinishReason.CONTEXT, text + self._texts.flush()
+        return None, text
+
+
+class _Step:
+    """Extends one sequence, giving each position its initial state."""
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self._engine, self._request = engine, request
+        self._kv = engine.open(request.decision.ceiling)
+        self._warm: F32 | None = None  # raw state of the last position, [1, n_embd]
+
+    def __call__(self, new: Sequence[int]) -> tuple[F32, int]:
+        """Logits after ``new`` ids, [n_vocab], and the depth they took."""
+        state = self._warm
+        if state is None:
+            state = initial_state(self._engine.config, self._kv.n, len(new), self._request.state_seed)
+        observe = self._keep if self._request.warm_start else None
+        tokens = np.array(new, np.int32)
+        logits, depth = forward(self._engine, self._kv, tokens, self._request.decision, state=state, observe=observe)
+        return logits[0], depth
+
+    def close(self) -> None:
+        self._kv.close()
+
+    def _keep(self, span: Span) -> None:
+        self._warm = span.state()[-1:]
+
+
+class _Released:
+    """Text of the answer that is safe to show: whole characters, nothing that may begin a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
+        if stop and tokenizer is None:
+            raise RequestError(f"stop={list(stop)!r} needs a model file with a tokenizer; this one has none")
+        self._decoder = None if tokenizer is None else tokenizer.decoder()
+        self._stops = StopStrings(stop)
+
+    def push(self, token_id: int) -> tuple[str, bool]:
+        return ("", False) if self._decoder is None else self._stops.push(self._decoder.push(token_id))
+
+    def flush(self) -> str:
+        if self._decoder is None:
+            return ""
+        text, stopped = self._stops.push(self._decoder.flush())
+        return text if stopped else text + self._stops.flush()
+
+
+class _Cost:
+    """Adds up passes and time."""
+
+    def __init__(self, config: ModelConfig, request: Request) -> None:
+        self._n_prompt = len(request.ids)
+        self._exit_check = _check_passes(config) if _reads_logits(request.decision) else 0.0
+        self._decision = request.decision
+        self._depths: list[int] = []  # of the generated tokens
+        self._passes = 0.0
+        self._positions = 0
+        self._seconds: list[float] = []
+
+    def add(self, n: int, depth: int, seconds: float) -> None:
+        """Count ``n`` positions that ran ``depth`` passes."""
+        n_checks = min(depth, self._decision.ceiling - 1) - self._decision.floor + 1 if self._decision.exit else 0
+        self._passes += n * depth + max(n_checks, 0) * self._exit_check
+        self._positions += n
+        self._depths.append(depth)
+        self._seconds.append(seconds)
+
+    def stats(self) -> Stats:
+        n = len(self._depths)
+        return Stats(
+            n_prompt=self._n_prompt,
+            n_generated=n,
+            mean_depth=self._passes / max(self._positions, 1),
+            generated_depth=sum(self._depths) / max(n, 1),
+            passes=self._passes,
+            prompt_ms=1000 * sum(self._seconds[:1]),
+            decode_ms=1000 * sum(self._seconds[1:]),
+        )
+
+
+def _reads_logits(decision: Decision) -> bool:
+    return decision.exit is not None and "logits" in decision.exit.needs
+
+
+def _check_passes(config: ModelConfig) -> float:
+    """Cost of one look at the logits in passes: parameters of coda and head over those of the core."""
+    shapes = config.tensors()
+
+    def size(*prefixes: str) -> int:
+        return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefixes))
+
+    head = size("token_embd.") if config.tied_head else size("output.")
+    return (size("coda.") + head) / size("core.", "injection.state.")

@@ -1,0 +1,331 @@
+"""The public face: load a model file, ask it, measure it."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from importlib.resources import files
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import numpy as np
+
+from localdepth.config import ModelConfig
+from localdepth.engine.base import F32, Engine, Ids, KvType, Limits, Span
+from localdepth.engine.ggml.engine import GgmlEngine
+from localdepth.engine.toy import ToyEngine
+from localdepth.errors import ConfigError, EngineError, ModelFileError, PromptError
+from localdepth.generate import Generation, Request, Stream
+from localdepth.gguf import GgufFile, read
+from localdepth.loop import forward
+from localdepth.policy.base import Decision, DepthPolicy, Query
+from localdepth.policy.fixed import as_policy
+from localdepth.prompt import Prompt, PromptReader, Reading
+from localdepth.sampling import GREEDY, Sampling
+
+__all__ = ["DEFAULT_MODEL", "Device", "EngineName", "Model", "default_threads", "inspect", "load"]
+
+DEFAULT_MODEL = "default.gguf"  # inside localdepth/models
+_E = TypeVar("_E", bound=StrEnum)
+_DEFAULT_N_CTX = 4096  # longest context that is taken without being asked for
+
+
+class EngineName(StrEnum):
+    """Which engine runs a file; "auto" takes the fastest that can."""
+
+    AUTO = "auto"
+    GGML = "ggml"
+    TOY = "toy"  # numpy, slow; needs no compiler
+
+
+class Device(StrEnum):
+    """Where an engine computes."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+
+
+class Model:
+    """A loaded model. Thread-safe, and a context manager.
+
+    Args:
+        engine: what runs it; closed with the model.
+        reader: its tokenizer and chat template.
+        policy: what ``depth="auto"`` means here; None takes what the file brings.
+    """
+
+    def __init__(self, engine: Engine, reader: PromptReader, policy: DepthPolicy | None = None) -> None:
+        self._engine, self._reader = engine, reader
+        self._policy = policy or as_policy("auto", engine.config)
+        self._lock = threading.RLock()
+        self._closed = False
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the model is."""
+        return self._engine.config
+
+    @property
+    def limits(self) -> Limits:
+        """How it was loaded."""
+        return self._engine.limits
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engine; safe to call twice."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._engine.close()
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        depth: int | str | DepthPolicy = "auto",
+        sampling: Sampling = GREEDY,
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+        state_seed: int | None = None,
+        warm_start: bool = False,
+        top_logprobs: int = 0,
+        tags: Sequence[str] = (),
+    ) -> Generation:
+        """Answer a prompt; the arguments are those of ``stream``."""
+        stream = self.stream(
+            prompt,
+            depth=depth,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            stop=stop,
+            state_seed=state_seed,
+            warm_start=warm_start,
+            top_logprobs=top_logprobs,
+            tags=tags,
+        )
+        tokens = tuple(stream)
+        assert stream.finish_reason is not None, "a stream that ran to its end says why"
+        return Generation(
+            text="".join(token.text for token in tokens),
+            tokens=tokens,
+            finish_reason=stream.finish_reason,
+            decision=stream.decision,
+            stats=stream.stats,
+        )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        depth: int | str | DepthPolicy = "auto",
+        sampling: Sampling = GREEDY,
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+        state_seed: int | None = None,
+        warm_start: bool = False,
+        top_logprobs: int = 0,
+        tags: Sequence[str] = (),
+    ) -> Stream:
+        """Answer a prompt token by token.
+
+        Args:
+            prompt: text (one user message where the file has a chat template), messages, or token ids.
+            depth: passes of the core, 1..max_depth; "auto", "quick", "deep" or an effort word; or a policy.
+            sampling: how tokens are drawn; greedy by default.
+            max_tokens: tokens of the answer, at least 1; depth never spends them.
+            stop: texts that end the answer and are not part of it.
+            state_seed: draw s_0 of every position from the file's distribution; None starts from zeros.
+            warm_start: start each generated token from the raw state of the one before.
+            top_logprobs: alternatives to report with each token.
+            tags: words for rules, such as "high-risk".
+        Raises:
+            DepthError, PromptError, ContextOverflow, SamplingError, TemplateError: the request cannot be served.
+        """
+        self._check_open()
+        reading = self._reader.read(prompt)
+        request = Request(
+            ids=reading.ids,
+            decision=self._decide(depth, reading, tuple(tags)),
+            sampling=sampling,
+            max_tokens=max_tokens,
+            stop=tuple(stop) if not isinstance(stop, str) else stop,
+            state_seed=state_seed,
+            warm_start=warm_start,
+            top_logprobs=top_logprobs,
+        )
+        return Stream(self._engine, self._reader.tokenizer, request, self._lock)
+
+    def logits(self, tokens: Sequence[int], *, depth: int, state: F32 | None = None) -> F32:
+        """Logits of every position, [T, n_vocab].
+
+        Args:
+            tokens: ids, [T].
+            depth: passes, 1..max(64, max_depth).
+            state: s_0, [T, n_embd]; None is zeros.
+        """
+        with self._measuring(depth):
+            return self._forward(tokens, depth, state, None)
+
+    def states(self, tokens: Sequence[int], *, depth: int, state: F32 | None = None) -> F32:
+        """Raw state after every pass, [depth, T, n_embd]; the arguments are those of ``logits``."""
+        states: list[F32] = []
+        with self._measuring(depth):
+            self._forward(tokens, depth, state, lambda span: states.append(span.state()))
+        return np.stack(states)
+
+    def embed(self, text: str) -> F32:
+        """Mean over positions of the prelude's output for plain text, [n_embd]."""
+        self._check_open()
+        return self._pooled(tuple(self._reader.tokenize(text)))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of plain text, without the chat template; pass them to ``generate`` to continue a text."""
+        return self._reader.tokenize(text)
+
+    def _decide(self, depth: int | str | DepthPolicy, reading: Reading, tags: tuple[str, ...]) -> Decision:
+        policy = self._policy if depth == "auto" else as_policy(depth, self.config)
+        query = Query(tokens=reading.ids, text=reading.text, tags=tags, embedding=lambda: self._pooled(reading.ids))
+        decision = policy.decide(query)
+        self.config.check_depth(decision.floor)
+        self.config.check_depth(decision.ceiling)
+        return decision
+
+    def _forward(
+        self, tokens: Sequence[int], depth: int, state: F32 | None, observe: Callable[[Span], None] | None
+    ) -> F32:
+        ids = self._ids(tokens)
+        decision = Decision(floor=depth, ceiling=depth, chosen_by="request", reason="a measurement")
+        kv = self._engine.open(depth)
+        try:
+            return forward(self._engine, kv, ids, decision, "all", state, observe)[0]
+        finally:
+            kv.close()
+
+    def _pooled(self, ids: tuple[int, ...]) -> F32:
+        with self._lock:
+            kv = self._engine.open(1)
+            try:
+                [span] = self._engine.prelude([(kv, np.array(ids, np.int32))], [None])
+                pooled: F32 = span.embeds().mean(axis=0)
+                self._engine.drop([span])
+                return pooled
+            finally:
+                kv.close()
+
+    @contextmanager
+    def _measuring(self, depth: int) -> Iterator[None]:
+        self._check_open()
+        self.config.check_depth(depth, measure=True)
+        with self._lock:
+            yield
+
+    @staticmethod
+    def _ids(tokens: Sequence[int]) -> Ids:
+        array = np.asarray(tokens)
+        if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+            raise PromptError(
+                f"tokens must be a flat list of token ids with at least one, got shape {list(array.shape)}"
+            )
+        if (array < 0).any() or (array > np.iinfo(np.int32).max).any():
+            raise PromptError(f"token ids run from 0; got {int(array.min())}..{int(array.max())}")
+        return array.astype(np.int32)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("this model is closed; load it again")
+
+
+def inspect(path: str | os.PathLike[str]) -> ModelConfig:
+    """What a model file holds, without loading its weights.
+
+    Raises:
+        ModelFileError: missing, damaged, or no looped model.
+    """
+    with read(_find(path)) as file:
+        return file.config
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    engine: str = "auto",
+    device: str = "auto",
+    n_ctx: int | None = None,
+    n_threads: int | None = None,
+    ring: int | None = None,
+    kv_depth: int | None = None,
+    kv_type: str = "f16",
+    policy: DepthPolicy | None = None,
+) -> Model:
+    """Load a model file.
+
+    Args:
+        model: path of a GGUF file; None is the default model that comes with the package.
+        engine: "auto", "ggml" or "toy".
+        device: "auto" or "cpu".
+        n_ctx: positions a sequence may hold; None takes the model's own, at most 4096.
+        n_threads: compute threads; None leaves one core idle.
+        ring: share K/V between passes in a ring of this many planes; None keeps a plane per pass.
+        kv_depth: deepest pass the cache makes room for; None is the measuring range, max(64, max_depth).
+        kv_type: "f16" or "f32".
+        policy: what ``depth="auto"`` means; None takes what the file brings.
+    Raises:
+        ModelFileError: the file is missing, damaged, or no looped model.
+        ConfigError: a setting outside its range.
+        MissingExtra: the engine's package is not installed.
+        EngineError: the engine does not start, or memory runs out.
+    """
+    name = _choice(EngineName, "engine", engine)
+    _choice(Device, "device", device)
+    cache = _choice(KvType, "kv_type", kv_type)
+    with read(_find(model)) as file:
+        config = file.config
+        if n_ctx is not None and not (isinstance(n_ctx, int) and 1 <= n_ctx <= config.n_ctx):
+            raise ConfigError(f"n_ctx={n_ctx!r} is outside 1..{config.n_ctx}, what this model was made for")
+        limits = Limits(
+            n_ctx=n_ctx or min(config.n_ctx, _DEFAULT_N_CTX),
+            kv_depth=config.measure_depth if kv_depth is None else kv_depth,
+            ring=ring,
+            kv_type=cache,
+            n_threads=default_threads() if n_threads is None else n_threads,
+        )
+        reader = PromptReader(file.tokenizer, config.n_vocab)
+        return Model(_start(name, file, limits), reader, policy)
+
+
+def default_threads() -> int:
+    """One thread fewer than the cores this process may use, at least one: a spinning barrier hates company."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores - 1)
+
+
+def _start(name: EngineName, file: GgufFile, limits: Limits) -> Engine:
+    if name is EngineName.TOY:
+        return ToyEngine(file.config, {tensor: file.array(tensor) for tensor in file.tensors}, limits)
+    return GgmlEngine(file, limits)
+
+
+def _find(model: str | os.PathLike[str] | None) -> Path:
+    if model is None:
+        return Path(str(files("localdepth") / "models" / DEFAULT_MODEL))
+    path = Path(model)
+    if path.is_dir():
+        raise ModelFileError(
+            f"{path} is a directory, not a model file; make one of a checkpoint with: "
+            f"localdepth export gguf {path} -o model.gguf"
+        )
+    return path
+
+
+def _choice(kind: type[_E], name: str, value: str) -> _E:
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(kind)}") from None

@@ -1,0 +1,99 @@
+"""From what a caller passes as a prompt to token ids: text, chat messages, or ids."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from localdepth.chat import ChatTemplate
+from localdepth.errors import PromptError
+from localdepth.gguf import TokenizerRecord
+from localdepth.tokenizer import Tokenizer
+
+__all__ = ["Prompt", "PromptReader", "Reading"]
+
+Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A prompt as the model sees it, and as people do (empty where ids were passed)."""
+
+    ids: tuple[int, ...]
+    text: str
+
+
+class PromptReader:
+    """Tokenizer and chat template of one model file; both may be missing.
+
+    Text is taken as one user message where the file has a chat template, else as it is.
+    """
+
+    def __init__(self, record: TokenizerRecord | None, n_vocab: int) -> None:
+        self.tokenizer: Tokenizer | None = None
+        self.template: ChatTemplate | None = None
+        self._n_vocab = n_vocab
+        if record is None:
+            return
+        self.tokenizer = Tokenizer.from_json(
+            record.json, n_vocab=n_vocab, bos=record.bos, eos=record.eos, add_bos=record.add_bos
+        )
+        if record.chat_template is not None:
+            bos = "" if record.bos is None else self.tokenizer.token(record.bos)
+            eos = self.tokenizer.token(record.eos[0]) if record.eos else ""
+            self.template = ChatTemplate(record.chat_template, bos=bos, eos=eos)
+
+    def read(self, prompt: Prompt) -> Reading:
+        """Ids of a prompt.
+
+        Raises:
+            PromptError: empty, of a type or with ids we cannot use, or text for a file without tokenizer.
+            TemplateError: the file's chat template fails on these messages.
+        """
+        if isinstance(prompt, str):
+            return self._read_text(prompt)
+        if isinstance(prompt, Mapping | bytes) or not isinstance(prompt, Sequence | np.ndarray):
+            raise PromptError(
+                f"a prompt is text, a list of messages or a list of token ids, not {type(prompt).__name__}"
+            )
+        if len(prompt) == 0:
+            raise PromptError("the prompt is empty; pass at least one token, message or character")
+        if all(isinstance(item, Mapping) for item in prompt):
+            return self._read_messages(list(prompt))  # type: ignore[arg-type]  # checked above
+        return Reading(tuple(self._id(item) for item in prompt), "")
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of plain text, without any template.
+
+        Raises:
+            PromptError: the file has no tokenizer.
+        """
+        return self._need_tokenizer().encode(text)
+
+    def _read_text(self, text: str) -> Reading:
+        if not text.strip():
+            raise PromptError("the prompt is empty; ask something")
+        if self.template is not None:
+            return self._read_messages([{"role": "user", "content": text}])
+        return Reading(tuple(self.tokenize(text)), text)
+
+    def _read_messages(self, messages: Sequence[Mapping[str, str]]) -> Reading:
+        tokenizer = self._need_tokenizer()
+        if self.template is None:
+            raise PromptError("this model file has no chat template; pass the prompt as text or token ids")
+        rendered = self.template.render(messages)
+        spoken = "\n".join(str(message.get("content", "")) for message in messages)
+        return Reading(tuple(tokenizer.encode(rendered, special=True)), spoken)
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise PromptError("this model file has no tokenizer; pass token ids instead of text")
+        return self.tokenizer
+
+    def _id(self, item: Any) -> int:
+        if isinstance(item, bool) or not isinstance(item, int | np.integer):
+            raise PromptError(f"token id {item!r} is not a whole number; a list prompt holds only ids or only messages")
+        if not 0 <= item < self._n_vocab:
+            raise PromptError(f"token id {item} is outside 0..{self._n_vocab - 1}, the vocabulary of this model")
+        return int(item)

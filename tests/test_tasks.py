@@ -1,0 +1,146 @@
+"""Generated questions: an independent reader of their text agrees with their answers, and the split is a split."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from localdepth_train.families import FAMILIES, WORLD
+from localdepth_train.off_topic import REFUSAL, off_topic
+from localdepth_train.tasks import Question, Split, evaluation, is_right, overlap, questions, split
+
+from localdepth.errors import ConfigError
+
+families = st.sampled_from(sorted(FAMILIES))
+cells = {"family": families, "steps": st.integers(1, 10), "seed": st.integers(0, 1000)}
+
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+CLOCKWISE = ["north", "east", "south", "west"]
+
+
+def solve(text: str) -> str:
+    """Answer a question by reading its sentences, without any of the generator's tables."""
+    if text.startswith("Who is "):
+        person, *relations = text.removeprefix("Who is ").removesuffix("?").split("'s ")
+        for relation in relations:
+            person = WORLD[person][relation]
+        return f"It is {person}."
+    opening, *middle = re.findall(r"[^.?]+(?=[.?])", text)
+    steps = [sentence.split() for sentence in middle[:-1]]
+    match opening.split():
+        case ["A", "coin", "is", "under", "the", cup, "cup"]:
+            for _, one, _, other in steps:
+                cup = {one: other, other: one}.get(cup, cup)
+            return f"The {cup} cup."
+        case ["Start", "with", number]:
+            total = int(number) + sum(int(step[-1]) * (1 if step[0] == "Add" else -1) for step in steps)
+            assert total >= 0
+            return f"It is {str(total)[-1]}."
+        case ["A", "robot", "faces", way]:
+            for step in steps:
+                way = turned(way, step)
+            return f"It faces {way}."
+        case ["Today", "is", day]:
+            moves = (int(step[1]) * (1 if step[3] == "forward" else -1) for step in steps)
+            return f"It is {DAYS[(DAYS.index(day) + sum(moves)) % 7]}."
+        case ["The", "lift", "is", "on", "floor", floor]:
+            return f"Floor {int(floor) + sum(int(step[2]) * (1 if step[1] == 'up' else -1) for step in steps)}."
+    raise AssertionError(text)
+
+
+def turned(way: str, step: list[str]) -> str:
+    if step[0] == "Swap":
+        return {step[1]: step[3], step[3]: step[1]}.get(way, way)
+    return CLOCKWISE[(CLOCKWISE.index(way) + {"left": -1, "right": 1, "around": 2}[step[1]]) % 4]
+
+
+def beginnings(question: Question) -> set[tuple[str, ...]]:
+    first = FAMILIES[question.family].seen_steps + 1
+    return {question.composition[:end] for end in range(first, question.steps + 1)}
+
+
+@given(**cells, side=st.sampled_from(Split))
+def test_an_independent_solver_agrees(family: str, steps: int, seed: int, side: Split) -> None:
+    for question in questions(family, steps, 5, seed, side):
+        assert solve(question.text) == question.answer
+        assert question.steps == len(question.composition) == steps
+
+
+@given(**cells)
+def test_every_label_is_the_answer_so_far(family: str, steps: int, seed: int) -> None:
+    closing, template = FAMILIES[family].closings[0], FAMILIES[family].answer
+    for question in questions(family, steps, 5, seed, Split.TRAIN):
+        assert len(question.labels) == steps + 1
+        for end, value in question.labels[1:]:
+            assert solve(question.text[:end] + closing) == template.format(value)
+
+
+@given(**cells, side=st.sampled_from(Split))
+def test_the_same_arguments_give_the_same_questions(family: str, steps: int, seed: int, side: Split) -> None:
+    assert questions(family, steps, 5, seed, side) == questions(family, steps, 5, seed, side)
+
+
+@given(**cells)
+def test_training_never_shows_a_held_out_composition_or_a_beginning_of_one(family: str, steps: int, seed: int) -> None:
+    for question in questions(family, steps, 10, seed, Split.TRAIN):
+        assert all(split(family, beginning) is Split.TRAIN for beginning in beginnings(question))
+
+
+@given(**cells)
+def test_held_out_questions_are_held_out(family: str, steps: int, seed: int) -> None:
+    for question in questions(family, steps, 10, seed, Split.HELD_OUT):
+        assert not question.is_split or split(family, question.composition) is Split.HELD_OUT
+
+
+def test_a_longer_form_of_a_held_out_composition_is_held_out() -> None:
+    held_out = questions("cup", 3, 20, 0, Split.HELD_OUT)
+    assert all(split("cup", (*q.composition, "red-blue")) is Split.HELD_OUT for q in held_out)
+
+
+def test_the_split_never_moves() -> None:
+    sides = [split("hop", (a, b, "boss")) for a in ("friend", "doctor") for b in ("boss", "teacher", "friend")]
+    assert [i for i, side in enumerate(sides) if side is Split.HELD_OUT] == [2]
+
+
+def test_about_one_fifth_of_the_shortest_compositions_is_held_out() -> None:
+    names = [step.key for step in FAMILIES["day"].steps]
+    sides = [split("day", (a, b)) for a in names for b in names]
+    assert sides.count(Split.HELD_OUT) / len(sides) == pytest.approx(0.2, abs=0.06)
+
+
+def test_measured_overlap_of_the_split_cells_is_zero() -> None:
+    held_out = evaluation(seed=7, per_cell=50)
+    assert overlap(held_out, per_cell=300) == 0.0
+
+
+def test_overlap_counts_what_training_shows() -> None:
+    shown = questions("turn", 3, 50, 0, Split.TRAIN)
+    assert overlap(shown, per_cell=1000) > 0.9
+
+
+def test_evaluation_has_every_cell_and_flags_extrapolation() -> None:
+    drawn = evaluation(seed=3, per_cell=4)
+    assert {(q.family, q.steps) for q in drawn} == {(f, n) for f in FAMILIES for n in range(1, 11)}
+    assert len(drawn) == 4 * 10 * len(FAMILIES)
+    assert {q.steps for q in drawn if q.is_extrapolation} == {9, 10}
+
+
+@pytest.mark.parametrize(("family", "steps"), [("chess", 3), ("cup", 0)])
+def test_impossible_cells_are_refused(family: str, steps: int) -> None:
+    with pytest.raises(ConfigError):
+        questions(family, steps, 1, 0, Split.TRAIN)
+
+
+def test_only_the_whole_answer_is_right() -> None:
+    (question,) = questions("lift", 2, 1, 0, Split.TRAIN)
+    assert is_right(question, f" {question.answer}\n")
+    assert not is_right(question, question.answer + question.answer)
+    assert not is_right(question, question.answer.removesuffix("."))
+
+
+def test_off_topic_text_is_refused_and_is_no_question_of_ours() -> None:
+    strays = off_topic(2000, seed=0)
+    assert all(q.answer == REFUSAL for q in strays)
+    asked = {q.text for family in FAMILIES for n in (1, 2, 3) for q in questions(family, n, 200, 0, Split.TRAIN)}
+    assert not asked & {q.text for q in strays}
+    assert strays == off_topic(2000, seed=0)

@@ -1,0 +1,254 @@
+"""The trainer learns, resumes bit for bit, and refuses recipes and folders it cannot trust."""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from localdepth_train.checkpoint import Checkpoint  # noqa: E402
+from localdepth_train.curriculum import StepsCurriculum  # noqa: E402
+from localdepth_train.data import Encoder, draw_questions, micro_batches  # noqa: E402
+from localdepth_train.evaluation import accuracy_at, evaluate  # noqa: E402
+from localdepth_train.objective import IGNORED, loss, right_rows  # noqa: E402
+from localdepth_train.recipe import Recipe, load_recipe, parse_recipe  # noqa: E402
+from localdepth_train.reference import ReferenceModel  # noqa: E402
+from localdepth_train.tasks import Split, questions  # noqa: E402
+from localdepth_train.trainer import Trainer, train  # noqa: E402
+from localdepth_train.vocabulary import ANSWER, BOS, EOS, train_tokenizer  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+from localdepth.errors import DepthError, TrainError  # noqa: E402
+
+DEFAULT = Path(__file__).parents[1] / "export/localdepth_train/recipes/default.toml"
+THREAD_ROUNDING = 1e-6  # a gradient summed in the same order but computed beside another
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Recipe:
+    """The default recipe, shrunk to seconds."""
+    recipe = load_recipe(DEFAULT)
+    return replace(
+        recipe,
+        steps=12,
+        batch_size=24,
+        micro_batches=2,
+        threads=1,
+        bf16=False,
+        log_every=1,
+        save_every=4,
+        evaluate_every=6,
+        evaluate_questions=2,
+        evaluate_depths=(1, 3),
+        model=replace(recipe.model, n_embd=32, n_head=2, n_head_kv=2, head_dim=16, n_ff=32),
+        tasks=replace(recipe.tasks, families=("turn", "hop")),
+        depth=replace(recipe.depth, mean=2),
+        optimizer=replace(recipe.optimizer, warmup=0.0, cooldown=0.2),
+    )
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def records(folder: Path) -> list[dict[str, object]]:
+    """The log without its clocks."""
+    lines = (json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in ("seconds", "cpu_seconds")} for line in lines]
+
+
+def test_loss_falls(tiny: Recipe) -> None:
+    trainer = Trainer(replace(tiny, steps=40))
+    losses = [trainer.advance()["loss"] for _ in range(40)]
+    assert np.mean(losses[-5:]) < 0.6 * losses[0]
+
+
+def test_a_stopped_run_ends_where_an_undisturbed_one_does(tiny: Recipe, tmp_path: Path) -> None:
+    whole = train(tiny, tmp_path / "whole")
+    stopped = train(tiny, tmp_path / "stopped", until=5)
+    assert stopped.checkpoint is None
+    resumed = train(tiny, tmp_path / "stopped")
+    assert resumed == replace(whole, checkpoint=resumed.checkpoint)
+    assert records(tmp_path / "whole") == records(tmp_path / "stopped")
+    with Checkpoint(tmp_path / "whole/checkpoint") as one, Checkpoint(tmp_path / "stopped/checkpoint") as other:
+        assert all(np.array_equal(one.read(name), other.read(name)) for name in tiny.model.tensors())
+        assert one.text("tokenizer.json") == other.text("tokenizer.json")
+
+
+def test_a_killed_run_goes_on_from_its_last_saved_state(tiny: Recipe, tmp_path: Path) -> None:
+    train(tiny, tmp_path / "whole")
+    train(tiny, tmp_path / "killed", until=4)
+    kept = (tmp_path / "killed/state.pt").read_bytes()
+    train(tiny, tmp_path / "killed", until=6)  # dies after logging steps 5 and 6, before the next save
+    (tmp_path / "killed/state.pt").write_bytes(kept)
+    train(tiny, tmp_path / "killed")
+    assert records(tmp_path / "whole") == records(tmp_path / "killed")
+
+
+def test_threads_change_the_time_not_the_result(tiny: Recipe) -> None:
+    alone, beside = Trainer(tiny), Trainer(replace(tiny, threads=2))
+    for _ in range(3):
+        assert alone.advance()["loss"] == pytest.approx(beside.advance()["loss"], rel=THREAD_ROUNDING)
+
+
+def test_the_checkpoint_runs_and_carries_its_tokenizer(tiny: Recipe, tmp_path: Path) -> None:
+    trainer = Trainer(tiny)
+    trainer.advance()
+    with Checkpoint(trainer.export(tmp_path / "checkpoint")) as checkpoint:
+        assert checkpoint.config == tiny.model
+        settings = json.loads(checkpoint.text("tokenizer_config.json") or "")
+        model = ReferenceModel(checkpoint.config)
+        model.load_state_dict({n: torch.from_numpy(checkpoint.read(n)) for n in checkpoint.config.tensors()})
+    ids = torch.tensor([[1, 5, 9]])
+    assert torch.equal(model(ids, 2), trainer.model(ids, 2))
+    assert (settings["bos_token"], settings["eos_token"]) == (BOS, EOS)
+    assert settings["chat_template"].endswith(ANSWER)
+
+
+def test_a_folder_of_another_recipe_is_refused(tiny: Recipe, tmp_path: Path) -> None:
+    train(tiny, tmp_path, until=1)
+    with pytest.raises(TrainError, match="another recipe"):
+        train(replace(tiny, seed=1), tmp_path)
+
+
+def test_a_damaged_state_is_refused(tiny: Recipe, tmp_path: Path) -> None:
+    train(tiny, tmp_path, until=1)
+    whole = (tmp_path / "state.pt").read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"not a state"):
+        (tmp_path / "state.pt").write_bytes(damaged)
+        with pytest.raises(TrainError, match="cannot read"):
+            train(tiny, tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny: Recipe) -> None:
+    trainer = Trainer(tiny)
+    with torch.no_grad():
+        trainer.model.output_norm.weight.fill_(float("nan"))
+    with pytest.raises(TrainError, match="learning rate"):
+        trainer.advance()
+
+
+def test_loss_is_the_mean_over_labelled_positions(tiny: Recipe) -> None:
+    torch.manual_seed(0)
+    model = ReferenceModel(tiny.model)
+    ids = torch.randint(0, tiny.model.n_vocab, (2, 6))
+    labels = torch.where(torch.rand(2, 6) < 0.5, torch.randint(0, tiny.model.n_vocab, (2, 6)), IGNORED)
+    plain = functional.cross_entropy(model(ids, 3).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+    assert loss(model, ids, labels, 1, 2).item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_passes_without_gradient_give_none_to_the_core(tiny: Recipe) -> None:
+    torch.manual_seed(0)
+    model = ReferenceModel(tiny.model)
+    ids = torch.randint(0, tiny.model.n_vocab, (2, 6))
+    state = torch.randn(2, 6, tiny.model.n_embd, requires_grad=True)
+    loss(model, ids, ids, 2, 1, state).backward()
+    assert state.grad is None
+    assert model.core[0].attn_q.weight.grad is not None
+    assert model.prelude[0].attn_q.weight.grad is not None  # through the injected embeds
+
+
+def test_right_rows_need_every_label_right() -> None:
+    labels = torch.tensor([[IGNORED, 1, 2], [0, IGNORED, 2], [IGNORED, IGNORED, IGNORED]])
+    logits = functional.one_hot(torch.tensor([1, 2, 0, 1]), 3).float()
+    assert right_rows(logits, labels).tolist() == [True, False, True]
+
+
+def test_evaluation_says_right_exactly_when_greedy_decoding_gives_the_answer(tiny: Recipe) -> None:
+    trainer = Trainer(replace(tiny, steps=60, tasks=replace(tiny.tasks, families=("turn",))))
+    for _ in range(60):
+        trainer.advance()
+    tokenizer = trainer.tokenizer
+    asked = questions("turn", 1, 30, 0, Split.HELD_OUT)
+    judged = evaluate(trainer.model, Encoder(tokenizer, dense=False), asked, [2])
+    right = [greedy(trainer, question.text) == question.answer for question in asked]
+    assert judged == {("turn", 1, 2): sum(right) / len(right)}
+    assert 0 < accuracy_at(judged, 2) < 1  # else this test shows nothing
+
+
+def greedy(trainer: Trainer, text: str) -> str:
+    ids = trainer.tokenizer.encode(f"{BOS}{text}{ANSWER}").ids
+    end, start = trainer.tokenizer.token_to_id(EOS), len(ids)
+    while len(ids) < start + 12:
+        ids.append(int(trainer.model(torch.tensor([ids]), 2)[0, -1].argmax()))
+        if ids[-1] == end:
+            return str(trainer.tokenizer.decode(ids[start:-1]))
+    return ""
+
+
+def test_rows_label_the_answer_and_every_value(tiny: Recipe) -> None:
+    tokenizer = train_tokenizer(tiny.model.n_vocab, 0)
+    (question,) = questions("cup", 2, 1, 0, Split.TRAIN)
+    (row,) = Encoder(tokenizer, dense=True).rows([question])
+    (bare,) = Encoder(tokenizer, dense=False).rows([question])
+    answer = tokenizer.encode(question.answer + EOS).ids
+    values = [tokenizer.token_to_id("Ġ" + value) for _, value in question.labels]
+    assert [label for label in row.labels if label != IGNORED] == values + answer
+    assert [label for label in bare.labels if label != IGNORED] == answer
+    assert row.ids == bare.ids == tokenizer.encode(f"{BOS}{question.text}{ANSWER}{question.answer}").ids
+
+
+def test_micro_batches_hold_every_question_once_by_length(tiny: Recipe) -> None:
+    curriculum = StepsCurriculum.begin(["cup", "hop"], 8, 8, 0.9, 0.5)
+    drawn = draw_questions(curriculum, 50, 0.2, random.Random(0))
+    batches = micro_batches(Encoder(train_tokenizer(tiny.model.n_vocab, 0), dense=True), drawn, 4)
+    assert sorted(q.text for batch in batches for q in batch.questions) == sorted(q.text for q in drawn)
+    widths = [batch.ids.shape[1] for batch in batches]
+    assert widths == sorted(widths)
+
+
+def test_the_tokenizer_is_reproducible_and_accepts_any_text(tiny: Recipe) -> None:
+    tokenizer = train_tokenizer(tiny.model.n_vocab, 0)
+    assert tokenizer.to_str() == train_tokenizer(tiny.model.n_vocab, 0).to_str()
+    for text in ("Grüße, 世界 🙂\n\ttab", "\x00\x7f", "1234567890"):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert len(tokenizer.encode("47 2026").ids) == 6
+
+
+def test_a_vocabulary_too_small_for_the_values_is_refused() -> None:
+    with pytest.raises(TrainError, match="raise n_vocab"):
+        train_tokenizer(300, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda text: text + "\n[extra]\n", "unknown key extra"),
+        (lambda text: text.replace("clip =", "clipping ="), "unknown key optimizer.clipping"),
+        (lambda text: text.replace("seed = 0", ""), "missing key seed"),
+        (lambda text: text.replace("n_embd = 128", ""), "missing key model.n_embd"),
+        (lambda text: text.replace("seed = 0", 'seed = "zero"'), "seed='zero' must be of type int"),
+        (lambda text: text.replace("bf16 = true", "bf16 = 1"), "bf16=1 must be of type bool"),
+        (lambda text: text.replace('ramp = "none"', 'ramp = "steep"'), "depth.ramp='steep' is not one of"),
+        (
+            lambda text: text.replace("[tasks]", "[tasks]\nx = 1").replace("x = 1", 'seen = "y"'),
+            "unknown key tasks.seen",
+        ),
+        (lambda text: text.replace('"hop"', '"chess"'), "known are"),
+        (lambda text: text.replace("off_topic_share = 0.05", "off_topic_share = 5"), "is a share"),
+        (lambda text: text.replace("mean = 8", "mean = 0"), "depth.mean=0 must be at least 1"),
+        (lambda text: text.replace("head_dim = 32", "head_dim = 31"), "head_dim=31 is odd"),
+        (lambda text: text.replace("start = 2", "start = 9"), "exceeds question_steps.top"),
+        (lambda text: text + "= broken", "not valid TOML"),
+    ],
+)
+def test_a_wrong_recipe_says_what_is_wrong(change: Callable[[str], str], said: str) -> None:
+    text = DEFAULT.read_text()
+    assert change(text) != text
+    with pytest.raises(TrainError, match=said):
+        parse_recipe(change(text))
+
+
+def test_an_evaluation_depth_beyond_the_model_is_refused() -> None:
+    with pytest.raises((TrainError, DepthError)):
+        parse_recipe(DEFAULT.read_text().replace("evaluate_depths = [1, 2,", "evaluate_depths = [1, 200,"))
+
+
+def test_a_missing_recipe_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="cannot read recipe"):
+        load_recipe(tmp_path / "none.toml")
