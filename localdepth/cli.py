@@ -4,7 +4,8 @@ Exit codes: 0 done, 1 the check failed, 2 request or file refused, 3 the machine
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
 from importlib.metadata import version
@@ -218,10 +219,9 @@ def curve(
         else list(read_questions(data))
     )
     note = f"{len(questions)} questions from {data}" if data else _describe_split(questions)
-    with load(model, engine=engine, n_threads=n_threads) as loaded:
-        with console.ticking("asking", len(questions) * len(wanted)) as progress:
-            tick = lambda: progress.advance(progress.task_ids[0])  # noqa: E731
-            result = measure(loaded, questions, wanted, is_same_answer if data else tasks.is_right, tick)
+    n_answers = len(questions) * len(wanted)
+    with load(model, engine=engine, n_threads=n_threads) as loaded, console.ticking("asking", n_answers) as tick:
+        result = measure(loaded, questions, wanted, is_same_answer if data else tasks.is_right, tick)
     if as_json:
         console.notes.print(note)
         console.emit(result.to_dict())
@@ -247,7 +247,8 @@ def verify(
     as_json: JsonOption = False,
 ) -> int:
     """Compare a model file with its checkpoint, depth by depth, against the reference."""
-    from localdepth_export.verify import verify as run
+    with _needs("export"):
+        from localdepth_export.verify import verify as run
 
     sample = None if text is None else _read_text(text)
     report = run(file, checkpoint, depths=_parse_ints("depths", depths), text=sample, record=record)
@@ -275,7 +276,7 @@ def export_gguf(
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint as a GGUF file."""
-    with _extra("export"):
+    with _needs("export"):
         from localdepth_export.convert import to_gguf
     done = to_gguf(checkpoint, out, quant=quant)
     if as_json:
@@ -297,7 +298,7 @@ def train_run(
     as_json: JsonOption = False,
 ) -> None:
     """Train a model from a recipe; stop and run again to go on."""
-    with _extra("train"):
+    with _needs("train"):
         from localdepth_train.trainer import train
     from localdepth_train.recipe import load_recipe
 
@@ -308,18 +309,13 @@ def train_run(
         console.say.print(f"{report.steps} steps, loss {report.loss:.4f}, checkpoint {report.checkpoint}")
 
 
-class _extra:  # noqa: N801  reads as a statement
+@contextmanager
+def _needs(extra: str) -> Iterator[None]:
     """Import what an extra brings, or say how to install it."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, ModuleNotFoundError):
-            raise MissingExtra(f'{error.name} is not installed; type: pip install "localdepth[{self.name}]"') from error
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtra(f'{error.name} is not installed; type: pip install "localdepth[{extra}]"') from error
 
 
 def _read_question(question: str) -> str:
@@ -359,7 +355,7 @@ def _describe_split(questions: list[Any]) -> str:
     divided = [question for question in questions if question.is_split]
     return (
         f"{len(questions)} fresh questions; {len(divided)} of them on held-out compositions, of which "
-        f"{100 * tasks.overlap(questions):.1f} % occur in training; the rest, with too few steps to be split, are drawn anew"
+        f"{100 * tasks.overlap(questions):.1f} % occur in training; the rest have too few steps to be split"
     )
 
 

@@ -3,8 +3,9 @@
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from localdepth.errors import LocalDepthError
 
-__all__ = ["answer", "emit", "notes", "report_error", "say", "shade", "table", "ticking"]
+__all__ = ["answer", "emit", "notes", "quiet_pipe", "report_error", "say", "shade", "table", "ticking"]
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -60,12 +61,12 @@ def shade(share: float) -> Text:
 
 
 @contextmanager
-def ticking(label: str, total: int) -> Iterator[Progress]:
-    """A progress bar on standard error, shown only where a person looks; ``advance`` its task 0."""
+def ticking(label: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on standard error, shown only where a person looks; yields what moves it on by one."""
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as progress:
-        progress.add_task(label, total=total)
-        yield progress
+        task = progress.add_task(label, total=total)
+        yield partial(progress.advance, task)
 
 
 def quiet_pipe() -> None:

@@ -18,12 +18,13 @@ from localdepth_train.evaluation import accuracy_at, evaluate  # noqa: E402
 from localdepth_train.objective import IGNORED, loss, right_rows  # noqa: E402
 from localdepth_train.recipe import Recipe, load_recipe, parse_recipe  # noqa: E402
 from localdepth_train.reference import ReferenceModel  # noqa: E402
+from localdepth_train.run_folder import RunFolder  # noqa: E402
 from localdepth_train.tasks import Split, questions  # noqa: E402
 from localdepth_train.trainer import Trainer, train  # noqa: E402
 from localdepth_train.vocabulary import ANSWER, BOS, EOS, train_tokenizer  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from localdepth.errors import DepthError, TrainError  # noqa: E402
+from localdepth.errors import DepthError, StorageError, TrainError  # noqa: E402
 
 DEFAULT = Path(__file__).parents[1] / "export/localdepth_train/recipes/default.toml"
 THREAD_ROUNDING = 1e-6  # a gradient summed in the same order but computed beside another
@@ -52,20 +53,22 @@ def tiny() -> Recipe:
     )
 
 
-def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-
-
 def records(folder: Path) -> list[dict[str, object]]:
     """The log without its clocks."""
     lines = (json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines())
     return [{k: v for k, v in line.items() if k not in ("seconds", "cpu_seconds")} for line in lines]
 
 
-def test_loss_falls(tiny: Recipe) -> None:
-    trainer = Trainer(replace(tiny, steps=40))
-    losses = [trainer.advance()["loss"] for _ in range(40)]
-    assert np.mean(losses[-5:]) < 0.6 * losses[0]
+@pytest.fixture(scope="module")
+def trained(tiny: Recipe) -> tuple[Trainer, list[float]]:
+    """A trainer that has begun to answer one-step questions, and its losses."""
+    trainer = Trainer(replace(tiny, steps=60, tasks=replace(tiny.tasks, families=("turn",))))
+    return trainer, [trainer.advance()["loss"] for _ in range(60)]
+
+
+def test_loss_falls(trained: tuple[Trainer, list[float]]) -> None:
+    _, losses = trained
+    assert np.mean(losses[-5:]) < 0.4 * losses[0]
 
 
 def test_a_stopped_run_ends_where_an_undisturbed_one_does(tiny: Recipe, tmp_path: Path) -> None:
@@ -81,12 +84,13 @@ def test_a_stopped_run_ends_where_an_undisturbed_one_does(tiny: Recipe, tmp_path
 
 
 def test_a_killed_run_goes_on_from_its_last_saved_state(tiny: Recipe, tmp_path: Path) -> None:
-    train(tiny, tmp_path / "whole")
-    train(tiny, tmp_path / "killed", until=4)
-    kept = (tmp_path / "killed/state.pt").read_bytes()
-    train(tiny, tmp_path / "killed", until=6)  # dies after logging steps 5 and 6, before the next save
-    (tmp_path / "killed/state.pt").write_bytes(kept)
-    train(tiny, tmp_path / "killed")
+    short = replace(tiny, steps=6)
+    whole = train(short, tmp_path / "whole")
+    train(short, tmp_path / "killed", until=4)
+    saved = (tmp_path / "killed/state.pt").read_bytes()
+    train(short, tmp_path / "killed", until=5)
+    (tmp_path / "killed/state.pt").write_bytes(saved)  # as if killed after logging step 5, before saving it
+    assert train(short, tmp_path / "killed").loss == whole.loss
     assert records(tmp_path / "whole") == records(tmp_path / "killed")
 
 
@@ -122,7 +126,19 @@ def test_a_damaged_state_is_refused(tiny: Recipe, tmp_path: Path) -> None:
     for damaged in (b"", whole[: len(whole) // 2], b"not a state"):
         (tmp_path / "state.pt").write_bytes(damaged)
         with pytest.raises(TrainError, match="cannot read"):
-            train(tiny, tmp_path)
+            RunFolder(tmp_path).read_state()
+
+
+def test_a_log_that_is_no_log_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text("shopping list\n")
+    with pytest.raises(TrainError, match="no record"):
+        RunFolder(tmp_path).rewind_log(0)
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot make"):
+        RunFolder(tmp_path / "file" / "run")
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tiny: Recipe) -> None:
@@ -159,13 +175,12 @@ def test_right_rows_need_every_label_right() -> None:
     assert right_rows(logits, labels).tolist() == [True, False, True]
 
 
-def test_evaluation_says_right_exactly_when_greedy_decoding_gives_the_answer(tiny: Recipe) -> None:
-    trainer = Trainer(replace(tiny, steps=60, tasks=replace(tiny.tasks, families=("turn",))))
-    for _ in range(60):
-        trainer.advance()
-    tokenizer = trainer.tokenizer
+def test_evaluation_says_right_exactly_when_greedy_decoding_gives_the_answer(
+    trained: tuple[Trainer, list[float]],
+) -> None:
+    trainer, _ = trained
     asked = questions("turn", 1, 30, 0, Split.HELD_OUT)
-    judged = evaluate(trainer.model, Encoder(tokenizer, dense=False), asked, [2])
+    judged = evaluate(trainer.model, Encoder(trainer.tokenizer, dense=False), asked, [2])
     right = [greedy(trainer, question.text) == question.answer for question in asked]
     assert judged == {("turn", 1, 2): sum(right) / len(right)}
     assert 0 < accuracy_at(judged, 2) < 1  # else this test shows nothing

@@ -5,9 +5,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from localdepth.chat import ChatTemplate
 from localdepth_train.checkpoint import Checkpoint
 
+from localdepth.chat import ChatTemplate
 from localdepth.errors import CheckpointError
 from localdepth.gguf import TokenizerRecord
 from localdepth.tokenizer import Tokenizer

@@ -50,7 +50,7 @@ class Checkpoint:
         try:
             record = _read_json(self.path / "config.json")
             self._tensors = _open_shards(self.path, self._stack)
-            self._layout = recognise(record, {name: self._shape(name) for name in self._tensors}, self.path)
+            self._layout = recognise(record, {name: self.shape(name) for name in self._tensors}, self.path)
             self._check_shapes()
             self._check_tie()
         except BaseException:
@@ -102,12 +102,18 @@ class Checkpoint:
     def _slice(self, name: str) -> Any:
         return self._tensors[name].get_slice(name)
 
-    def _shape(self, name: str) -> tuple[int, ...]:
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Names of all tensors in the directory, as stored."""
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a stored tensor, under its stored name."""
         return tuple(self._slice(name).get_shape())
 
     def _check_shapes(self) -> None:
         for name, wanted in self._layout.stored_shapes().items():
-            got, dtype = self._shape(name), self._slice(name).get_dtype()
+            got, dtype = self.shape(name), self._slice(name).get_dtype()
             if dtype not in ("F32", "F16", "BF16"):
                 raise CheckpointError(f"{name} in {self.path} is stored as {dtype}; we read F32, F16 and BF16")
             # a packed bias [2, 1, H, D] is compared as [2, H * D]
@@ -124,9 +130,8 @@ class Checkpoint:
             return
         head, embed = self._slice("lm_head.weight"), self._slice(self._layout.parts["token_embd.weight"].name)
         n = self.config.n_vocab
-        same = head.get_shape() == embed.get_shape() and all(
-            np.array_equal(head[i : i + _TIE_ROWS], embed[i : i + _TIE_ROWS]) for i in range(0, n, _TIE_ROWS)
-        )
+        blocks = (slice(i, min(i + _TIE_ROWS, n)) for i in range(0, n, _TIE_ROWS))
+        same = head.get_shape() == embed.get_shape() and all(np.array_equal(head[rows], embed[rows]) for rows in blocks)
         if not same:
             raise CheckpointError(
                 f"{self.path} says its head is tied, but lm_head.weight differs from the embedding; "

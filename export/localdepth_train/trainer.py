@@ -123,7 +123,8 @@ class Trainer:
         n_labels = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
         mean_depth = self._mean_depth()
         passes = [self._draw_passes(mean_depth, i) for i in range(len(batches))]
-        parts = list(self._pool.map(self._part, batches, passes, [n_labels] * len(batches)))
+        # the longest first, or one thread would end up alone with it
+        parts = list(self._pool.map(self._part, batches[::-1], passes[::-1], [n_labels] * len(batches)))[::-1]
         loss = sum(part.loss for part in parts)
         if not math.isfinite(loss):
             raise TrainError(f"loss={loss} at step {self.step}; lower the learning rates, muon_lr={plan.muon_lr} first")

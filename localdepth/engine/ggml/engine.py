@@ -213,7 +213,9 @@ class GgmlEngine:
     def _built(self, build: Callable[[], Graph]) -> Graph:
         graph = build()
         try:
-            self._scratch.place(graph)
+            if self._scratch.place(graph):
+                for kv in self._open:
+                    kv.forget_graphs()
         except BaseException:
             graph.close()
             raise

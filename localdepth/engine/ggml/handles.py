@@ -62,15 +62,8 @@ class TensorGroup:
             context = lib.context((len(tensors) + 1) * lib.ggml_tensor_overhead())
             self._stack.callback(lib.ggml_free, context)
             self._tensors = {name: _new(lib, context, kind, shape) for name, (kind, shape) in tensors.items()}
-            if over is None:
-                buffer = lib.ggml_backend_alloc_ctx_tensors(context, backend.handle) if tensors else None
-                if tensors and not buffer:
-                    total = sum(lib.ggml_nbytes(t) for t in self._tensors.values())
-                    raise EngineError(f"not enough memory for {total / 2**20:.0f} MiB of tensors; close other programs")
-            else:
-                buffer = self._lay_over(over, step)
-            self.n_bytes: int = lib.ggml_backend_buffer_get_size(buffer) if buffer else 0
-            if buffer:
+            if tensors:  # a stage may have no layers
+                buffer = self._allocate(backend, context) if over is None else self._lay_over(over, step)
                 self._stack.callback(lib.ggml_backend_buffer_free, buffer)
         except BaseException:
             self._finalizer()
@@ -87,14 +80,21 @@ class TensorGroup:
         """Free the buffer; safe to call twice."""
         self._finalizer()
 
+    def _allocate(self, backend: Backend, context: int) -> int:
+        buffer: int | None = self._lib.ggml_backend_alloc_ctx_tensors(context, backend.handle)
+        if not buffer:
+            total = sum(self._lib.ggml_nbytes(tensor) for tensor in self._tensors.values())
+            raise EngineError(f"not enough memory for {total / 2**20:.0f} MiB of tensors; close other programs")
+        return buffer
+
     def _lay_over(self, memory: npt.NDArray[np.uint8], step: int) -> int:
         lib, address = self._lib, memory.ctypes.data
         sizes = [lib.ggml_nbytes(tensor) for tensor in self._tensors.values()]
         assert address % _ALIGNMENT == step % _ALIGNMENT == 0, "tensors start aligned"
-        assert max(sizes, default=0) <= step, "each tensor fits its step"
+        assert max(sizes) <= step, "each tensor fits its step"
         assert step * len(sizes) <= memory.nbytes, "all steps fit the memory"
         self._memory = memory  # kept alive as long as the tensors
-        buffer: int = lib.ggml_backend_cpu_buffer_from_ptr(address, max(memory.nbytes, 1))
+        buffer: int = lib.ggml_backend_cpu_buffer_from_ptr(address, memory.nbytes)
         for i, tensor in enumerate(self._tensors.values()):
             lib.ggml_backend_tensor_alloc(buffer, tensor, address + i * step)
         return buffer
@@ -114,34 +114,32 @@ def aligned_zeros(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any
 
 
 class Scratch:
-    """Memory for the intermediate tensors of all graphs: one buffer, sized in advance, never growing.
-
-    Growing would move memory that cached graphs still point into, so it is an error.
-    """
+    """Memory for the intermediate tensors of all graphs: one buffer, sized in advance."""
 
     def __init__(self, backend: Backend, stack: ExitStack) -> None:
         self._lib = backend.lib
         self._handle = self._lib.ggml_gallocr_new(self._lib.ggml_backend_get_default_buffer_type(backend.handle))
         stack.callback(self._lib.ggml_gallocr_free, self._handle)
-        self._reserved = 0
 
     def reserve(self, graph: "Graph") -> None:
         """Make room for a graph like this one; call it for every kind before the first ``place``."""
         if not self._lib.ggml_gallocr_reserve(self._handle, graph.handle):
             raise EngineError("not enough memory for the engine's scratch buffer; use a smaller n_ctx")
-        self._reserved = self.n_bytes
 
     @property
     def n_bytes(self) -> int:
         """Size of the buffer."""
         return int(self._lib.ggml_gallocr_get_buffer_size(self._handle, 0))
 
-    def place(self, graph: "Graph") -> None:
-        """Give the graph's intermediate tensors their addresses."""
+    def place(self, graph: "Graph") -> bool:
+        """Give the graph's intermediate tensors their addresses.
+
+        Returns True when the buffer had to grow: graphs placed earlier then point into freed memory and must go.
+        """
+        before = self.n_bytes
         if not self._lib.ggml_gallocr_alloc_graph(self._handle, graph.handle):
-            raise EngineError("ggml could not place a graph in its scratch buffer")
-        if self.n_bytes != self._reserved:
-            raise EngineError(f"scratch buffer grew from {self._reserved} to {self.n_bytes} bytes; please report this")
+            raise EngineError("not enough memory to compute; the request was dropped, close other programs")
+        return self.n_bytes != before
 
 
 class Graph:

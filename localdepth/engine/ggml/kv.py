@@ -107,6 +107,12 @@ class GgmlKv:
         self._graphs.move_to_end(key)
         return graph
 
+    def forget_graphs(self) -> None:
+        """Free the kept graphs; they are built again when needed."""
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+
     def truncate(self, n: int) -> None:
         assert not self.busy, "a span is open"
         del self.depths[n:]
@@ -120,13 +126,11 @@ class GgmlKv:
         return twin
 
     def close(self) -> None:
-        for graph in self._graphs.values():
-            graph.close()
+        self.forget_graphs()
         for planes in self._planes.values():
             planes.tensors.close()
         if self._lane is not None:
             self._lane.close()
-        self._graphs.clear()
         self._planes.clear()
         self._lane = None
         self.depths.clear()
