@@ -12,20 +12,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
-import click
 import typer
 from rich.text import Text
 
 from localdepth import console
+from localdepth.doctor import examine
 from localdepth.errors import LocalDepthError, MissingExtra, PromptError, RequestError
+from localdepth.gguf import read
+from localdepth.model import load
+from localdepth.sampling import Sampling
 
 __all__ = ["app", "main"]
 
-CHECK_FAILED, REFUSED, MACHINE_FAILED, INTERRUPTED = 1, 2, 3, 130
+CHECK_FAILED, INTERRUPTED = 1, 130  # errors bring their own
 
 app = typer.Typer(
     name="localdepth",
-    help="Run recurrent-depth language models on a laptop, and decide how hard they think.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -45,22 +47,11 @@ EngineOption = Annotated[str, typer.Option("--engine", help="auto, ggml, or toy 
 
 def main() -> None:
     """Entry point of the ``localdepth`` command."""
-    try:
-        code = app(standalone_mode=False)
-    except click.exceptions.ClickException as error:
-        error.show()
-        code = REFUSED
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        console.notes.print("interrupted")
-        code = INTERRUPTED
-    except BrokenPipeError:
-        console.quiet_pipe()
-        code = 0
-    sys.exit(code or 0)
+    app()
 
 
 def command(function: Callable[P, int | None]) -> Callable[P, None]:
-    """Turn our errors and a returned exit code into the process's exit code."""
+    """Turn our errors, an interruption and a returned exit code into the process's exit code."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -68,18 +59,30 @@ def command(function: Callable[P, int | None]) -> Callable[P, None]:
             code = function(*args, **kwargs) or 0
         except LocalDepthError as error:
             code = console.report_error(error, bool(kwargs.get("as_json")))
+        except KeyboardInterrupt:
+            console.notes.print("interrupted")
+            code = INTERRUPTED
+        except BrokenPipeError:
+            console.quiet_pipe()
+            code = 0
         raise typer.Exit(code)
 
     return run
 
 
-@app.callback()
-def _root(
-    show_version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    if show_version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         console.say.print(f"localdepth {version('localdepth')}")
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Run recurrent-depth language models on a laptop, and decide how hard they think."""
 
 
 @app.command()
@@ -102,9 +105,6 @@ def ask(
     as_json: JsonOption = False,
 ) -> None:
     """Answer one question and say the depth it took."""
-    from localdepth.model import load
-    from localdepth.sampling import Sampling
-
     text = _read_question(question)
     with load(model, engine=engine, n_ctx=n_ctx, n_threads=n_threads, ring=ring, kv_type=kv_type) as loaded:
         stream = loaded.stream(
@@ -140,6 +140,7 @@ def ask(
         f"depth {deepest}, chosen by {decision.chosen_by}: {decision.reason} · {stats.n_generated} tokens in "
         f"{seconds:.2f} s · ended by {stream.finish_reason}",
         style="dim",
+        soft_wrap=True,
     )
 
 
@@ -147,8 +148,6 @@ def ask(
 @command
 def doctor(as_json: JsonOption = False) -> int:
     """Say what is installed, what can run here, and what to type for the rest."""
-    from localdepth.doctor import examine
-
     health = examine()
     if as_json:
         console.emit(health.to_dict())
@@ -168,8 +167,6 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a model file holds, without loading its weights."""
-    from localdepth.gguf import read
-
     with read(file) as opened:
         quants: dict[str, int] = {}
         for info in opened.tensors.values():
@@ -207,31 +204,26 @@ def curve(
     as_json: JsonOption = False,
 ) -> None:
     """Measure accuracy by steps and depth on questions the model has not been trained on."""
-    from localdepth_apps.curve import is_same_answer, measure, read_questions
-    from localdepth_train import tasks
-
-    from localdepth.model import load
+    from localdepth_apps.curve import measure
 
     wanted = _parse_ints("depths", depths)
-    questions: list[Any] = (
-        tasks.evaluation(seed, -(-per_cell // len(tasks.FAMILIES)), steps=_parse_ints("steps", steps))
-        if data is None
-        else list(read_questions(data))
+    questions, is_right, note = (
+        _questions_from(data) if data else _fresh_questions(seed, per_cell, _parse_ints("steps", steps))
     )
-    note = f"{len(questions)} questions from {data}" if data else _describe_split(questions)
     n_answers = len(questions) * len(wanted)
     with load(model, engine=engine, n_threads=n_threads) as loaded, console.ticking("asking", n_answers) as tick:
-        result = measure(loaded, questions, wanted, is_same_answer if data else tasks.is_right, tick)
+        result = measure(loaded, questions, wanted, is_right, tick)
     if as_json:
         console.notes.print(note)
         console.emit(result.to_dict())
         return
     headings = ("", *(f"depth {depth}" for depth in wanted))
     rows = [(f"{n} steps", cells) for n, cells in sorted(result.by_steps.items())]
-    rows += [(family, cells) for family, cells in sorted(result.by_family.items())]
-    rows.append(("all", result.total))
-    shown = [(name, *(console.shade(cells[depth].accuracy) for depth in wanted)) for name, cells in rows]
-    shown.append(("ms an answer", *(f"{result.ms[depth]:.1f} " for depth in wanted)))
+    rows += [*sorted(result.by_family.items()), ("all", result.total)]
+    shown: list[list[str | Text]] = [
+        [name, *(console.shade(cells[depth].accuracy) for depth in wanted)] for name, cells in rows
+    ]
+    shown.append(["ms an answer", *(f"{result.ms[depth]:.1f} " for depth in wanted)])
     console.say.print(console.table(headings, shown, "right answers, %"))
     console.say.print(note)
 
@@ -349,14 +341,27 @@ def _parse_ints(name: str, text: str) -> list[int]:
     return list(dict.fromkeys(values))
 
 
-def _describe_split(questions: list[Any]) -> str:
-    from localdepth_train import tasks
+_Questions = tuple[list[Any], Callable[[Any, str], bool], str]  # what to ask, the judge, a note for people
 
+
+def _questions_from(file: Path) -> _Questions:
+    from localdepth_apps.curve import is_same_answer, read_questions
+
+    questions = read_questions(file)
+    return list(questions), is_same_answer, f"{len(questions)} questions from {file}"
+
+
+def _fresh_questions(seed: int, per_cell: int, steps: list[int]) -> _Questions:
+    from localdepth_train.families import FAMILIES
+    from localdepth_train.tasks import evaluation, is_right, overlap
+
+    questions = evaluation(seed, -(-per_cell // len(FAMILIES)), steps=steps)
     divided = [question for question in questions if question.is_split]
-    return (
+    note = (
         f"{len(questions)} fresh questions; {len(divided)} of them on held-out compositions, of which "
-        f"{100 * tasks.overlap(questions):.1f} % occur in training; the rest have too few steps to be split"
+        f"{100 * overlap(questions):.1f} % occur in training; the rest have too few steps to be split"
     )
+    return questions, is_right, note
 
 
 def _brief(value: Any) -> str:

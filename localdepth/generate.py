@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -106,7 +106,7 @@ class Request:
     decision: Decision
     sampling: Sampling = GREEDY
     max_tokens: int = 256
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     state_seed: int | None = None
     warm_start: bool = False
     top_logprobs: int = 0
@@ -161,7 +161,7 @@ class Stream:
         """End early; safe to call twice."""
         self._tokens.close()
 
-    def _run(self) -> Iterator[Token]:
+    def _run(self) -> Generator[Token, None, None]:
         request, engine = self.request, self._engine
         ids = list(request.ids)
         new: Sequence[int] = request.ids

@@ -155,7 +155,7 @@ class Model:
             decision=self._decide(depth, reading, tuple(tags)),
             sampling=sampling,
             max_tokens=max_tokens,
-            stop=tuple(stop) if not isinstance(stop, str) else stop,
+            stop=stop,
             state_seed=state_seed,
             warm_start=warm_start,
             top_logprobs=top_logprobs,

@@ -21,7 +21,13 @@ from localdepth.errors import EngineError, SamplingError
 __all__ = ["GREEDY", "Picked", "Sampling", "pick"]
 
 _MAX_BIAS = 1e4  # far beyond any logit; -inf is the way to ban a token
-_FIRST_SORT = 256  # tokens sorted before it is known how many a top-p needs
+_FIRST_SORT = 256  # tokens that usually suffice for a top-p
+
+
+def _check_range(name: str, value: Any, low: float, high: float) -> None:
+    kind, noun = (int, "a whole number") if isinstance(low, int) else (int | float, "a number")
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        raise SamplingError(f"{name}={value!r} is not {noun} in {low}..{high}; pass one that is")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +55,7 @@ class Sampling:
     repeat_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_range("temperature", self.temperature, 0.0, 1e4)
+        _check_range("temperature", self.temperature, 0.0, 100.0)
         _check_range("top_k", self.top_k, 0, 1 << 31)
         _check_range("top_p", self.top_p, 0.0, 1.0)
         _check_range("min_p", self.min_p, 0.0, 1.0)
@@ -113,7 +119,7 @@ def _maximum(logits: NDArray[np.float64]) -> float:
     best = float(logits.max())  # NaN spreads
     if math.isnan(best) or best == math.inf:
         bad = int((np.isnan(logits) | (logits == math.inf)).argmax())
-        raise EngineError(f"logit {bad} is {logits[bad]}, not a number below infinity; the model file or engine is broken")
+        raise EngineError(f"the logit of token {bad} is {logits[bad]}; the model file or the engine is broken")
     if best == -math.inf:
         raise SamplingError("no token is possible: every logit is -inf; allow at least one token")
     return best
@@ -146,21 +152,36 @@ def _draw(logits: NDArray[np.float64], sampling: Sampling, position: int) -> int
 
 def _kept(logits: NDArray[np.float64], sampling: Sampling) -> NDArray[np.intp]:
     """Ids that top-k, top-p and min-p leave, ascending, so that near ties do not reorder the draw."""
-    best = logits.max()
-    limit = min(sampling.top_k or len(logits), len(logits))
-    if sampling.top_p == 1.0 and limit == len(logits):
-        ordered = np.arange(limit)
-    else:
-        ordered = _nucleus(logits, limit, sampling.top_p)
-    weights = np.exp(logits[ordered] - best)
-    return np.sort(ordered[(weights >= sampling.min_p) & (weights > 0)])
+    ids = np.arange(len(logits))
+    if 0 < sampling.top_k < len(logits):
+        ids = _most_likely(logits, sampling.top_k)
+    if sampling.top_p < 1.0:
+        ids = _nucleus(logits, ids, sampling.top_p)
+    if sampling.min_p > 0.0:
+        ids = ids[np.exp(logits[ids] - logits.max()) >= sampling.min_p]
+    return np.sort(ids)
 
 
-def _nucleus(logits: NDArray[np.float64], top_k: int, top_p: float) -> NDArray[np.intp]:
-    """The fewest most likely of the ``top_k`` tokens that reach ``top_p`` of their probability; at least one."""
-    if top_p == 1.0:
-        return _most_likely(logits, top_k)
-    n = min(top_k, _FIRST_SORT)
-    while True:  # sorting all of a large vocabulary takes longer than the rest
-        ordered = _most_likely(logits, n)
-        ...
+def _nucleus(logits: NDArray[np.float64], ids: NDArray[np.intp], top_p: float) -> NDArray[np.intp]:
+    """The fewest most likely of ``ids`` that reach ``top_p`` of their probability together; at least one."""
+    weights = np.exp(logits[ids] - logits[ids].max())
+    wanted = top_p * weights.sum()
+    n = _FIRST_SORT
+    while True:  # sorting a whole large vocabulary takes longer than everything else here
+        order = _most_likely(weights, min(n, len(ids)))
+        cumulated = weights[order].cumsum()
+        if cumulated[-1] >= wanted or n >= len(ids):
+            return ids[order[: 1 + np.searchsorted(cumulated, wanted)]]
+        n *= 8
+
+
+def _most_likely(values: NDArray[np.float64], n: int) -> NDArray[np.intp]:
+    """Indices of the ``n`` largest values, largest first, lower indices first among equals."""
+    if n == 0:
+        return np.arange(0)
+    indices = np.arange(len(values))
+    if n < len(values):
+        smallest = np.partition(values, -n)[-n]
+        above = indices[values > smallest]
+        indices = np.concatenate([above, indices[values == smallest][: n - len(above)]])
+    return indices[np.argsort(-values[indices], kind="stable")]

@@ -135,6 +135,7 @@ def edited(change: Callable[[dict[str, Any]], object], kind: str = "byte level")
 
 @lossless
 @given(text=st.text())
+@settings(deadline=None)
 def test_any_text_survives_encoding_and_decoding(kind: str, text: str) -> None:
     tokenizer = TOKENIZER[kind]
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -142,6 +143,7 @@ def test_any_text_survives_encoding_and_decoding(kind: str, text: str) -> None:
 
 @every_kind
 @given(text=st.text(alphabet="the quick.brown,fox é😀", max_size=30))
+@settings(deadline=None)
 def test_ids_are_the_librarys(kind: str, text: str) -> None:
     assert TOKENIZER[kind].encode(text) == LIBRARY[kind].encode(text, add_special_tokens=False).ids
 
@@ -237,7 +239,7 @@ def test_threads_do_not_see_each_others_mode(tokenizer: Tokenizer) -> None:
 
 @every_kind
 @given(data=st.data(), skip_special=st.booleans())
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 def test_stream_joined_equals_decode_of_any_ids(kind: str, data: st.DataObject, skip_special: bool) -> None:
     ids = data.draw(st.lists(st.integers(0, 511), max_size=40))
     tokenizer = TOKENIZER[kind]
@@ -246,7 +248,7 @@ def test_stream_joined_equals_decode_of_any_ids(kind: str, data: st.DataObject, 
 
 @pytest.mark.parametrize("kind", [kind for kind in JSON if kind != "byte fallback"])
 @given(data=st.data(), skip_special=st.booleans())
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 def test_decode_of_any_ids_is_the_librarys(kind: str, data: st.DataObject, skip_special: bool) -> None:
     ids = data.draw(st.lists(st.integers(0, 511), max_size=40))
     expected = LIBRARY[kind].decode(ids, skip_special_tokens=skip_special)
@@ -254,6 +256,7 @@ def test_decode_of_any_ids_is_the_librarys(kind: str, data: st.DataObject, skip_
 
 
 @given(texts=st.lists(st.text(), max_size=5), skip_special=st.booleans())
+@settings(deadline=None)
 def test_byte_fallback_decodes_whole_characters_like_the_library(texts: list[str], skip_special: bool) -> None:
     tokenizer, library = TOKENIZER["byte fallback"], LIBRARY["byte fallback"]
     ids = [i for text in texts for i in (*tokenizer.encode(text), *tokenizer.encode(END, special=True))]
@@ -262,6 +265,7 @@ def test_byte_fallback_decodes_whole_characters_like_the_library(texts: list[str
 
 
 @given(data=st.binary(max_size=30))
+@settings(deadline=None)
 def test_byte_fallback_decodes_broken_bytes_like_python(data: bytes) -> None:
     tokenizer, library = TOKENIZER["byte fallback"], LIBRARY["byte fallback"]
     ids = [id_of(library, BYTES[byte]) for byte in data]
@@ -463,7 +467,7 @@ def cut(text: str, stops: list[str]) -> tuple[str, bool]:
     chunks=st.lists(st.text(alphabet="abé", max_size=6), max_size=12),
     stops=st.lists(st.text(alphabet="abé", min_size=1, max_size=5), max_size=4),
 )
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 def test_stop_strings_cut_where_the_joined_text_first_ends_with_one(chunks: list[str], stops: list[str]) -> None:
     matcher = StopStrings(stops)
     parts, hits = zip(*map(matcher.push, chunks), strict=True) if chunks else ((), ())
@@ -475,6 +479,7 @@ def test_stop_strings_cut_where_the_joined_text_first_ends_with_one(chunks: list
     text=st.text(alphabet="ab", max_size=30),
     stops=st.lists(st.text(alphabet="ab", min_size=1, max_size=6), max_size=3),
 )
+@settings(deadline=None)
 def test_stop_strings_hold_back_only_a_possible_beginning(text: str, stops: list[str]) -> None:
     shown, hit = StopStrings(stops).push(text)
     if not hit:

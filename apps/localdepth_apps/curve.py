@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from localdepth.errors import RequestError, StorageError
 from localdepth.model import Model
@@ -17,7 +17,7 @@ __all__ = ["Asked", "Cell", "Curve", "Item", "is_same_answer", "measure", "read_
 _MAX_TOKENS = 48
 
 
-class Item(Protocol):
+class Item(Protocol):  # read-only, so that any record with these names will do
     """A question with its answer, its kind, and how many steps it takes (0: unknown)."""
 
     @property
@@ -28,6 +28,9 @@ class Item(Protocol):
     def family(self) -> str: ...
     @property
     def steps(self) -> int: ...
+
+
+_Item = TypeVar("_Item", bound=Item)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +83,9 @@ class Curve:
 
 def measure(
     model: Model,
-    questions: Sequence[Item],
+    questions: Sequence[_Item],
     depths: Sequence[int],
-    is_right: Callable[[Item, str], bool],
+    is_right: Callable[[_Item, str], bool],
     on_answer: Callable[[], None] = lambda: None,
 ) -> Curve:
     """Answer every question greedily at every depth.

@@ -29,19 +29,24 @@ _MAX_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What a quant may differ from the reference: largest logit difference, mean KL in nats."""
+    """What a quant may differ from the reference.
+
+    Attributes:
+        max_abs: largest logit difference, in standard deviations of the logits where those exceed one.
+        kl: mean KL divergence in nats.
+    """
 
     max_abs: float
     kl: float
 
 
-# Float32 is limited by the order of additions. The others are KL bounds: how far rounding moves single logits
-# depends on the weights, so their max_abs is reported and not judged.
+# Float32 is limited by the order of additions. How far the others move single logits depends on the weights and on
+# how deep they loop, so their bounds only tell rounding from a wrong conversion, which costs a nat and more.
 BOUNDS = {
     Quant.F32: Bound(1e-4, 1e-6),
-    Quant.F16: Bound(np.inf, 1e-3),
-    Quant.BF16: Bound(np.inf, 1e-2),
-    Quant.Q8_0: Bound(np.inf, 1e-2),
+    Quant.F16: Bound(np.inf, 1e-2),
+    Quant.BF16: Bound(np.inf, 1e-1),
+    Quant.Q8_0: Bound(np.inf, 1e-1),
 }
 
 
@@ -102,12 +107,14 @@ def verify(
         engine = GgmlEngine(model, limits)
         reference = ReferenceEngine.from_checkpoint(source, n_ctx=len(ids))
     try:
-        rows = [_compare(_logits(engine, ids, depth), _logits(reference, ids, depth)) for depth in depths]
+        expected = [_logits(reference, ids, depth) for depth in depths]
+        rows = [_compare(_logits(engine, ids, depth), e) for depth, e in zip(depths, expected, strict=True)]
     finally:
         engine.close()
     max_abs, kl, top1 = (tuple(column) for column in zip(*rows, strict=True))
     bound = BOUNDS[quant]
-    good = max(max_abs) <= bound.max_abs and max(kl) <= bound.kl
+    scale = max(1.0, *(float(logits.std()) for logits in expected))
+    good = max(max_abs) <= bound.max_abs * scale and max(kl) <= bound.kl
     status = CheckStatus.VERIFIED if good else CheckStatus.UNVERIFIED
     check = Check(status, tuple(depths), max_abs, kl, top1)
     if record:
