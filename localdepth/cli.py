@@ -370,3 +370,7 @@ def _brief(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_brief(item) for item in value) or "none"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -164,11 +164,12 @@ def _kept(logits: NDArray[np.float64], sampling: Sampling) -> NDArray[np.intp]:
 
 def _nucleus(logits: NDArray[np.float64], ids: NDArray[np.intp], top_p: float) -> NDArray[np.intp]:
     """The fewest most likely of ``ids`` that reach ``top_p`` of their probability together; at least one."""
-    weights = np.exp(logits[ids] - logits[ids].max())
+    values = logits[ids]
+    weights = np.exp(values - values.max())
     wanted = top_p * weights.sum()
     n = _FIRST_SORT
     while True:  # sorting a whole large vocabulary takes longer than everything else here
-        order = _most_likely(weights, min(n, len(ids)))
+        order = _most_likely(values, min(n, len(ids)))
         cumulated = weights[order].cumsum()
         if cumulated[-1] >= wanted or n >= len(ids):
             return ids[order[: 1 + np.searchsorted(cumulated, wanted)]]

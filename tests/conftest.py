@@ -1,12 +1,24 @@
-"""What tests share: where the published fixtures are, and model files made on the spot."""
+"""What tests share: where the published fixtures are, and a small model file with a tokenizer."""
 
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from localdepth_export.gguf_writer import write
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from localdepth.engine.ggml.quantize import quantize
+from localdepth.engine.toy import random_weights
+from localdepth.gguf import Quant, TokenizerRecord
+from localdepth.model import Model, load
+from tests.published import EXPECTED
 
 ROOT = Path(__file__).parent.parent
+TEMPLATE = "{% for m in messages %}<user>{{ m.content }}<answer>{% endfor %}"
+
 torch.set_num_threads(1)  # small tensors; more threads only wait for each other
 
 
@@ -17,3 +29,38 @@ def fixtures() -> Path:
     if not (folder / "parity").is_dir():
         pytest.skip(f"no fixtures in {folder}; set LOCALDEPTH_FIXTURES")
     return folder
+
+
+def tokenizer_json() -> str:
+    """A byte-level BPE of 300 tokens with control tokens 0 <bos>, 1 <eos>, 2 <user>, 3 <answer>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<bos>", "<eos>", "<user>", "<answer>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat and the rat ate the oats"] * 4, trainer)
+    text: str = tokenizer.to_str()
+    return text
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Huginn-shaped model with random weights, tokenizer and chat template, as F32."""
+    config = replace(EXPECTED["huginn"], n_vocab=300, n_ctx=64)
+    weights = random_weights(config, seed=3)
+    record = TokenizerRecord(tokenizer_json(), bos=0, eos=(1,), add_bos=True, chat_template=TEMPLATE)
+    path = tmp_path_factory.mktemp("model") / "model.gguf"
+    quants = dict.fromkeys(config.tensors(), Quant.F32)
+    write(path, config, quants, ((name, quantize(weights[name], Quant.F32)) for name in quants), tokenizer=record)
+    return path
+
+
+@pytest.fixture
+def model(model_file: Path) -> Iterator[Model]:
+    """That model, loaded with a float32 cache."""
+    with load(model_file, kv_type="f32") as loaded:
+        yield loaded

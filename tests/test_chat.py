@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from localdepth.chat import ChatTemplate
 from localdepth.errors import ModelFileError, PromptError, TemplateError
 
-TIME_S = 2.0  # the promise is one second of one thread; test machines are shared
+TIME_S = 2.0  # of one thread; the promise is one second, a slow machine may take two
 MEMORY_BYTES = 256 << 20  # of Python objects alive at once, for messages of a few characters
 HELLO = [{"role": "user", "content": "hi"}]
 

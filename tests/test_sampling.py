@@ -169,9 +169,13 @@ def test_settings_that_leave_one_token_take_the_greedy_one(
     logits: NDArray[np.float32], seed: int, position: int
 ) -> None:
     expected = pick(logits, GREEDY, position=0).id
-    tied = (logits == logits.max()).sum() > 1
-    for options in ({"top_k": 1}, {"top_p": 0.0}) if tied else ({"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}):
-        assert pick(logits, Sampling(temperature=2.0, seed=seed, **options), position=position).id == expected
+    for sampling in (Sampling(temperature=2.0, top_k=1, seed=seed), Sampling(temperature=2.0, top_p=0.0, seed=seed)):
+        assert pick(logits, sampling, position=position).id == expected
+
+
+def test_min_p_of_one_keeps_only_the_most_likely_and_its_equals() -> None:
+    logits = np.array([1.0, 2.0, 0.0, 2.0], dtype=np.float32)
+    assert set(frequencies(logits, Sampling(temperature=5.0, min_p=1.0), 100, [])) == {1, 3}
 
 
 def test_tiny_temperature_takes_the_most_likely_token() -> None:

@@ -64,7 +64,7 @@ class GgmlSpan:
     def end(self) -> None:
         """Leave the Kv free for the next span."""
         self.kv.busy = False
-        if self.lane is not self.kv.lane:
+        if self.n > 1:
             self.lane.close()
 
     def _read(self, name: str) -> F32:
@@ -86,6 +86,7 @@ class GgmlEngine:
         self.config, self.limits = file.config, limits
         lib = ggml.library()
         self._open: WeakSet[GgmlKv] = WeakSet()
+        self._closed = False
         self._stack = ExitStack()
         try:
             self.backend = Backend(lib, limits.n_threads, self._stack)
@@ -107,12 +108,14 @@ class GgmlEngine:
         return n_slots * plane_bytes(config, self.limits.kv_type, n_ctx)
 
     def open(self, max_depth: int) -> GgmlKv:
+        self._check_alive()
         check_open(self.limits, max_depth)
         kv = GgmlKv(self.backend, self.config, self.limits, max_depth)
         self._open.add(kv)
         return kv
 
     def prelude(self, work: Sequence[tuple[Kv, Ids]], states: Sequence[F32 | None]) -> list[Span]:
+        self._check_alive()
         for (kv, ids), state in zip(work, states, strict=True):
             check_span(self.config, self.limits, kv.n, ids, state)
         spans: list[Span] = []
@@ -142,6 +145,7 @@ class GgmlEngine:
         return span
 
     def core(self, spans: Sequence[Span]) -> None:
+        self._check_alive()
         for span in cast(Sequence[GgmlSpan], spans):
             if span.r >= span.kv.max_depth:
                 raise DepthError(
@@ -157,6 +161,7 @@ class GgmlEngine:
             span.coda_done = False
 
     def coda(self, spans: Sequence[Span], rows: Rows = "last") -> list[F32]:
+        self._check_alive()
         return [self._logits(span, rows) for span in cast(Sequence[GgmlSpan], spans)]
 
     def _logits(self, span: GgmlSpan, rows: Rows) -> F32:
@@ -179,6 +184,7 @@ class GgmlEngine:
         span.coda_done = True
 
     def commit(self, spans: Sequence[Span]) -> None:
+        self._check_alive()
         for span in cast(Sequence[GgmlSpan], spans):
             assert span.r > 0, "a position runs at least one pass"
             self._coda(span)
@@ -190,9 +196,15 @@ class GgmlEngine:
             span.end()
 
     def close(self) -> None:
+        self._closed = True
         for kv in list(self._open):
             kv.close()
         self._stack.close()
+
+    def _check_alive(self) -> None:
+        """Native code would run into freed memory."""
+        if self._closed:
+            raise EngineError("this model is closed; load it again")
 
     def _run(self, span: GgmlSpan, chunk: Chunk, key: tuple[object, ...], build: Callable[[], Graph]) -> None:
         """Compute a graph that attends: its positions and mask come first."""

@@ -70,6 +70,8 @@ class TensorGroup:
             raise
 
     def __getitem__(self, name: str) -> Tensor:
+        if not self._finalizer.alive:
+            raise EngineError("this part of the model is closed; load the model again")
         return self._tensors[name]
 
     def get(self, name: str) -> Tensor | None:

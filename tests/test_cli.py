@@ -1,0 +1,228 @@
+"""Every command as a user runs it: a process, its output, its exit code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localdepth.gguf import read
+from localdepth.model import load
+from tests.published import make_checkpoint
+
+
+def localdepth(*arguments: object, stdin: bytes | None = None, env: dict[str, str] | None = None) -> Any:
+    """Run the command; its result with text output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "localdepth.cli", *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        env={**os.environ, "COLUMNS": "100", **(env or {})},
+    )
+    return subprocess.CompletedProcess(
+        done.args, done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
+    )
+
+
+def one_line(done: Any) -> dict[str, Any]:
+    """The object of ``--json``: standard output is exactly one line."""
+    assert done.stdout.endswith("\n")
+    assert done.stdout.count("\n") == 1
+    record: dict[str, Any] = json.loads(done.stdout)
+    return record
+
+
+def test_ask_equals_the_library(model_file: Path) -> None:
+    done = localdepth("ask", "the cat", "--model", model_file, "--depth", 4, "--max-tokens", 9, "--json")
+    with load(model_file) as model:
+        answer = model.generate("the cat", depth=4, max_tokens=9)
+    record = one_line(done)
+    assert done.returncode == 0
+    assert record["text"] == answer.text
+    assert (record["depth"], record["mean_depth"], record["chosen_by"]) == (4, 4.0, "request")
+    assert record["finish_reason"] == "length"
+    assert record["stats"]["n_generated"] == 9
+    assert set(record) == {"text", "depth", "mean_depth", "chosen_by", "reason", "finish_reason", "stats"}
+
+
+def test_ask_puts_the_answer_on_standard_output_and_the_rest_on_standard_error(model_file: Path) -> None:
+    done = localdepth("ask", "the cat", "--model", model_file, "--depth", "quick", "--max-tokens", 9)
+    with load(model_file) as model:
+        assert done.stdout == model.generate("the cat", depth="quick", max_tokens=9).text + "\n"
+    assert "depth 1, chosen by request: 'quick' means depth 1 in this model" in done.stderr
+
+
+def test_ask_reads_standard_input(model_file: Path) -> None:
+    piped = localdepth("ask", "-", "-m", model_file, "--max-tokens", 5, "--json", stdin="the rät".encode())
+    given = localdepth("ask", "the rät", "-m", model_file, "--max-tokens", 5, "--json")
+    assert one_line(piped)["text"] == one_line(given)["text"]
+
+
+def test_ask_takes_every_engine_setting(model_file: Path) -> None:
+    shared = ("ask", "the cat", "-m", model_file, "--depth", 5, "--max-tokens", 6, "--json")
+    plain = one_line(localdepth(*shared, "--kv-type", "f32"))["text"]
+    assert one_line(localdepth(*shared, "--engine", "toy", "--kv-type", "f32"))["text"] == plain
+    assert one_line(localdepth(*shared, "--kv-type", "f32", "--threads", 2, "--n-ctx", 32))["text"] == plain
+    assert localdepth(*shared, "--ring", 1, "--temperature", 1, "--seed", 3, "--stop", "e").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("hi", "--depth", "0"), "1..64"),
+        (("hi", "--depth", "-3"), "depth=-3"),
+        (("hi", "--depth", "65"), 'pass depth=64 or "auto"'),
+        (("hi", "--depth", "2.5"), "depth='2.5'"),
+        (("hi", "--depth", "fast"), "quick, deep"),
+        (("",), "empty"),
+        (("the cat " * 100,), "n_ctx=64"),
+        (("hi", "--engine", "cuda"), "auto, ggml, toy"),
+        (("hi", "--max-tokens", "0"), "max_tokens=0"),
+        (("hi", "--temperature", "-1"), "temperature=-1"),
+        (("hi", "--n-ctx", "100"), "1..64"),
+        ((b"\xff\xfe".decode("utf-8", "surrogateescape"),), "UTF-8|surrogate|Unicode"),
+    ],
+)
+def test_bad_requests_exit_with_two_and_a_remedy(arguments: tuple[str, ...], message: str, model_file: Path) -> None:
+    done = localdepth("ask", *arguments, "--model", model_file)
+    assert done.returncode == 2, done.stderr
+    assert any(part in done.stderr for part in message.split("|")), done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_invalid_utf8_on_standard_input_is_refused(model_file: Path) -> None:
+    done = localdepth("ask", "-", "--model", model_file, stdin=b"caf\xe9")
+    assert done.returncode == 2
+    assert "not UTF-8 at byte 3" in done.stderr
+
+
+def test_errors_are_json_too(model_file: Path) -> None:
+    done = localdepth("ask", "hi", "--model", model_file, "--depth", "99", "--json")
+    assert done.returncode == 2
+    assert one_line(done)["error"]["type"] == "DepthError"
+
+
+def test_usage_errors_exit_with_two() -> None:
+    assert localdepth("ask").returncode == 2
+    assert localdepth("nothing").returncode == 2
+    assert localdepth("--version").stdout.startswith("localdepth ")
+    for command in ("ask", "doctor", "inspect", "curve", "verify", "export", "train"):
+        assert localdepth(command, "--help").returncode == 0
+
+
+def test_files_that_cannot_be_used_exit_with_two(tmp_path: Path, model_file: Path) -> None:
+    whole = model_file.read_bytes()
+    broken = {
+        "cut.gguf": whole[: len(whole) // 2],
+        "header.gguf": whole[:100],
+        "magic.gguf": b"PK\x03\x04" + whole[4:],
+        "empty.gguf": b"",
+        "counts.gguf": whole[:8] + b"\xff" * 16 + whole[24:],
+    }
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+        for command in (("ask", "hi", "--model"), ("inspect",), ("curve", "--model")):
+            done = localdepth(*command, tmp_path / name)
+            assert done.returncode == 2, (name, command, done.stderr)
+            assert "ModelFileError" in done.stderr
+    assert localdepth("inspect", tmp_path / "missing.gguf").returncode == 2
+    assert localdepth("ask", "hi", "--model", tmp_path).returncode == 2
+
+
+def test_an_interrupted_answer_exits_with_130(model_file: Path) -> None:
+    arguments = ["ask", "-", "--model", str(model_file)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "localdepth.cli", *arguments], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    time.sleep(2)  # it waits for the question
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+
+
+def test_a_reader_that_leaves_is_no_error(model_file: Path) -> None:
+    command = f"{sys.executable} -m localdepth.cli ask 'the cat' --model {model_file} --max-tokens 40 | true"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0
+
+
+def test_inspect_shows_config_and_provenance(model_file: Path) -> None:
+    record = one_line(localdepth("inspect", model_file, "--json"))
+    assert record["config"]["n_core"] == 2
+    assert record["tokenizer"]
+    assert record["bytes_by_quant"]["F32"] > 0
+    assert "n_prelude" in localdepth("inspect", model_file).stdout
+
+
+def test_export_verify_and_ask_a_published_checkpoint(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", "retrofit_llama")
+    file = tmp_path / "model.gguf"
+    done = localdepth("export", "gguf", checkpoint, "-o", file, "--quant", "f32", "--json")
+    assert one_line(done)["kind"] == "retrofit Llama"
+    report = one_line(localdepth("verify", file, checkpoint, "--depths", "1,4", "--json"))
+    assert report["passed"]
+    assert max(report["max_abs"]) < 1e-4
+    with read(file) as written:
+        assert written.check is not None
+        assert written.check.depths == (1, 4)
+    assert "within" in localdepth("verify", file, checkpoint, "--no-record").stdout
+    other = make_checkpoint(tmp_path / "other", "retrofit_llama", seed=9)
+    done = localdepth("verify", file, other, "--no-record")
+    assert done.returncode == 1
+    assert "BEYOND" in done.stdout
+
+
+def test_exporting_what_is_no_checkpoint_exits_with_two(tmp_path: Path) -> None:
+    done = localdepth("export", "gguf", tmp_path, "-o", tmp_path / "x.gguf")
+    assert done.returncode == 2
+    assert "config.json" in done.stderr
+    make_checkpoint(tmp_path, "huginn")
+    assert localdepth("export", "gguf", tmp_path, "-o", tmp_path / "x.gguf", "--quant", "Q3").returncode == 2
+    assert localdepth("export", "gguf", tmp_path, "-o", tmp_path / "no" / "x.gguf").returncode == 3
+
+
+def test_curve_measures_a_file_of_questions(model_file: Path, tmp_path: Path) -> None:
+    with load(model_file) as model:
+        reply = model.generate("the cat", depth=2, max_tokens=48).text
+    lines = [{"question": "the cat", "answer": reply, "steps": 2}, {"question": "the rat", "answer": "no such"}]
+    data = tmp_path / "questions.jsonl"
+    data.write_text("\n".join(json.dumps(line) for line in lines))
+    done = localdepth("curve", "--model", model_file, "--data", data, "--depths", "1,2", "--json")
+    record = one_line(done)
+    assert record["by_steps"]["2"]["2"] == 1.0
+    assert record["accuracy"]["2"] == 0.5
+    data.write_text('{"question": 1}')
+    done = localdepth("curve", "--model", model_file, "--data", data)
+    assert done.returncode == 2
+    assert "line 1" in done.stderr
+
+
+def test_curve_asks_fresh_questions_of_every_family(model_file: Path) -> None:
+    arguments = ("curve", "--model", model_file, "--depths", "1", "--steps", "1", "--per-cell", "6")
+    done = localdepth(*arguments, "--json", "--seed", 5)
+    assert done.returncode == 2  # this model's context is too short for such questions
+    assert "n_ctx=64" in done.stderr
+
+
+def test_doctor_answers_for_people_and_programs() -> None:
+    done = localdepth("doctor", "--json")
+    record = one_line(done)
+    assert done.returncode == (0 if record["ready"] else 1)
+    assert {"python", "ggml", "default model"} <= {finding["name"] for finding in record["findings"]}
+    assert "ggml" in localdepth("doctor").stdout
+
+
+def test_commands_fit_a_narrow_terminal(model_file: Path) -> None:
+    narrow = {"COLUMNS": "40"}
+    for arguments in (("inspect", model_file), ("doctor",), ("ask", "the", "-m", model_file, "--max-tokens", 2)):
+        done = localdepth(*arguments, env=narrow)
+        assert done.returncode in (0, 1)
+        assert "Traceback" not in done.stderr
