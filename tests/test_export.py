@@ -1,0 +1,181 @@
+"""Checkpoint -> model file: exact where the format allows, and honest where it does not."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from gguf import quants as gguf_quants
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from localdepth_export.convert import QUANTS, to_gguf
+from localdepth_export.verify import verify
+from localdepth_train.checkpoint import save
+from safetensors.numpy import load_file, save_file
+
+from localdepth.engine.ggml.quantize import quantize
+from localdepth.engine.toy import random_weights
+from localdepth.errors import CheckpointError, ConfigError, StorageError
+from localdepth.gguf import CheckStatus, Quant, read
+from localdepth.model import load
+from tests.conftest import TEMPLATE, tokenizer_json
+from tests.published import EXPECTED, make_checkpoint, weights_of
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_float32_files_hold_the_checkpoint_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    config, weights = weights_of(kind)
+    done = to_gguf(make_checkpoint(tmp_path / "c", kind), tmp_path / "m.gguf", quant="F32")
+    assert (done.fallbacks, done.n_params, done.n_bytes) == ((), config.n_params, (tmp_path / "m.gguf").stat().st_size)
+    with read(tmp_path / "m.gguf") as file:
+        assert file.config == config
+        for name, array in weights.items():
+            np.testing.assert_array_equal(file.array(name), array)
+
+
+@pytest.mark.parametrize(("quant", "dtype"), [("BF16", ml_dtypes.bfloat16), ("F16", np.float16)])
+def test_sixteen_bit_checkpoints_survive_in_their_own_format(quant: str, dtype: Any, tmp_path: Path) -> None:
+    _, weights = weights_of("retrofit_llama")
+    to_gguf(make_checkpoint(tmp_path / "c", "retrofit_llama", dtype=dtype), tmp_path / "m.gguf", quant=quant)
+    with read(tmp_path / "m.gguf") as file:
+        for name, array in weights.items():
+            np.testing.assert_array_equal(file.array(name), array.astype(dtype).astype(np.float32))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(QUANTS), st.integers(1, 5), st.integers(1, 4), st.integers(0, 99), st.floats(1e-6, 1e3))
+def test_quantised_bytes_are_those_of_the_gguf_package(
+    quant: Quant, rows: int, blocks: int, seed: int, size: float
+) -> None:
+    array = (size * np.random.default_rng(seed).standard_normal((rows, 32 * blocks))).astype(np.float32)
+    expected = gguf_quants.quantize(array, quant.ggml_type)
+    np.testing.assert_array_equal(quantize(array, quant), expected.reshape(-1).view(np.uint8))
+
+
+def test_values_and_rows_a_quant_cannot_hold_are_refused() -> None:
+    with pytest.raises(ConfigError, match="blocks of 32"):
+        quantize(np.ones((2, 31), np.float32), Quant.Q8_0)
+    with pytest.raises(ConfigError, match="not finite"):
+        quantize(np.full((2, 32), np.nan, np.float32), Quant.Q8_0)
+
+
+def test_tensors_that_cannot_hold_the_quant_fall_back_and_are_listed(tmp_path: Path) -> None:
+    done = to_gguf(make_checkpoint(tmp_path / "c", "huginn"), tmp_path / "m.gguf", quant="q8_0")
+    config = EXPECTED["huginn"]  # rows of 48 and 72: no whole blocks of 32
+    matrices = [name for name, shape in config.tensors().items() if len(shape) == 2]
+    assert done.fallbacks == tuple(f"{name}: Q8_0 -> F16" for name in matrices)
+    with read(tmp_path / "m.gguf") as file:
+        assert file.provenance["fallbacks"] == done.fallbacks
+        assert {file.tensors[name].quant for name in matrices} == {Quant.F16}
+        assert {info.quant for name, info in file.tensors.items() if name not in matrices} == {Quant.F32}
+    with load(tmp_path / "m.gguf") as model:
+        assert len(model.generate([1, 2, 3], max_tokens=3).tokens) == 3
+
+
+def test_values_too_large_for_f16_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "c", "huginn")
+    tensors = load_file(tmp_path / "c" / "model.safetensors")
+    tensors["transformer.wte.weight"][3, 3] = 1e5
+    save_file(tensors, tmp_path / "c" / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"token_embd\.weight .* 65504.*BF16"):
+        to_gguf(tmp_path / "c", tmp_path / "m.gguf", quant="F16")
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def with_tokenizer(folder: Path, **files: object) -> Path:
+    """A checkpoint of our layout with text files beside it."""
+    config = replace(EXPECTED["huginn"], n_vocab=300)
+    texts = {name: text if isinstance(text, str) else json.dumps(text) for name, text in files.items()}
+    return save(folder, config, random_weights(config, 0), texts)
+
+
+def test_tokenizer_template_and_licence_travel_with_the_weights(tmp_path: Path) -> None:
+    files = {
+        "tokenizer.json": tokenizer_json(),
+        "tokenizer_config.json": {
+            "bos_token": {"content": "<bos>"},
+            "eos_token": "<eos>",
+            "add_bos_token": True,
+            "chat_template": [{"name": "tools", "template": "x"}, {"name": "default", "template": TEMPLATE}],
+        },
+        "generation_config.json": {"eos_token_id": [3, 1]},
+        "README.md": "---\ntags: [x]\nlicense: apache-2.0\n---\n# card",
+    }
+    assert to_gguf(with_tokenizer(tmp_path / "c", **files), tmp_path / "m.gguf").has_tokenizer
+    with read(tmp_path / "m.gguf") as file:
+        assert file.tokenizer is not None
+        assert (file.tokenizer.bos, file.tokenizer.eos, file.tokenizer.add_bos) == (0, (3, 1), True)
+        assert file.tokenizer.chat_template == TEMPLATE
+        assert (file.provenance["license"], file.provenance["source"]) == ("apache-2.0", "c")
+        assert str(file.provenance["exporter"]).startswith("localdepth ")
+    with load(tmp_path / "m.gguf") as model:
+        assert model.generate("the cat", max_tokens=4).tokens
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer.json": "{"}, "not valid JSON"),
+        ({"tokenizer.json": "[]"}, "JSON object"),
+        ({"tokenizer.json": tokenizer_json(), "tokenizer_config.json": "nope"}, "tokenizer_config.json"),
+    ],
+)
+def test_broken_tokenizer_files_are_refused(files: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        to_gguf(with_tokenizer(tmp_path / "c", **files), tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_writing_where_nothing_can_be_written_is_a_storage_error(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", "huginn")
+    with pytest.raises(StorageError):
+        to_gguf(checkpoint, tmp_path / "missing" / "m.gguf")
+
+
+def test_verification_is_written_into_the_file(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", "retrofit_olmo2")
+    to_gguf(checkpoint, tmp_path / "m.gguf", quant="F32")
+    with read(tmp_path / "m.gguf") as file:
+        assert file.check is None
+    report = verify(tmp_path / "m.gguf", checkpoint, depths=(1, 2, 8))
+    assert report.passed
+    assert max(report.check.max_abs) < 1e-4
+    assert set(report.check.top1) == {1.0}
+    with read(tmp_path / "m.gguf") as file:
+        assert file.check == report.check
+        assert file.check.status is CheckStatus.VERIFIED
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_every_quant_stays_within_its_bound(quant: Quant, tmp_path: Path) -> None:
+    config, _ = weights_of("retrofit_llama")
+    config = replace(config, n_embd=64, head_dim=16, n_ff=96)
+    checkpoint = save(tmp_path / "c", config, random_weights(config, 1))
+    assert to_gguf(checkpoint, tmp_path / "m.gguf", quant=quant).fallbacks == ()
+    report = verify(tmp_path / "m.gguf", checkpoint, depths=(1, 4))
+    assert report.passed, report
+    assert (max(report.check.max_abs) < 1e-4) == (quant is Quant.F32)
+
+
+def test_a_file_of_another_model_is_not_compared(tmp_path: Path) -> None:
+    to_gguf(make_checkpoint(tmp_path / "a", "retrofit_llama"), tmp_path / "m.gguf", quant="F32")
+    other = make_checkpoint(tmp_path / "b", "retrofit_llama3")
+    with pytest.raises(ConfigError, match=r"rope_base 10000\.0 against 500000\.0"):
+        verify(tmp_path / "m.gguf", other)
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        verify(tmp_path / "m.gguf", tmp_path / "a", text="some text")
+
+
+def test_real_looped_weights_of_the_published_layouts_export(fixtures: Path, tmp_path: Path) -> None:
+    for folder in sorted(path.parent for path in (fixtures / "parity").glob("*/config_save_pretrained.json")):
+        to_gguf(folder, tmp_path / "m.gguf", quant="F32")
+        expected = np.load(folder / "expected.npz")
+        with load(tmp_path / "m.gguf", kv_type="f32", n_ctx=32) as model:
+            for depth in (1, 2, 4, 8, 16):
+                logits = model.logits(expected["input_ids"][0], depth=depth, state=expected["init_state"][0])
+                np.testing.assert_allclose(logits, expected[f"logits_r{depth}"][0], atol=1e-4, rtol=0)
+            states = model.states(expected["input_ids"][1], depth=8, state=expected["init_state"][1])
+            np.testing.assert_allclose(states, expected["states_r8"][:, 1], atol=1e-4, rtol=0)
