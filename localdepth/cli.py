@@ -217,13 +217,15 @@ def curve(
         console.notes.print(note)
         console.emit(result.to_dict())
         return
-    headings = ("", *(f"depth {depth}" for depth in wanted))
+    headings = ["", *(f"depth {depth}" for depth in wanted), "90 % at"]
+    passes = {f"{steps} steps": "-" if depth is None else str(depth) for steps, depth in result.passes_to(0.9).items()}
     rows = [(f"{n} steps", cells) for n, cells in sorted(result.by_steps.items())]
     rows += [*sorted(result.by_family.items()), ("all", result.total)]
     shown: list[list[str | Text]] = [
-        [name, *(console.shade(cells[depth].accuracy) for depth in wanted)] for name, cells in rows
+        [name, *(console.shade(cells[depth].accuracy) for depth in wanted), passes.get(name, "")]
+        for name, cells in rows
     ]
-    shown.append(["ms an answer", *(f"{result.ms[depth]:.1f} " for depth in wanted)])
+    shown.append(["ms an answer", *(f"{result.ms[depth]:.1f} " for depth in wanted), ""])
     console.say.print(console.table(headings, shown, "right answers, %"))
     console.say.print(note)
 
@@ -240,7 +242,7 @@ def verify(
 ) -> int:
     """Compare a model file with its checkpoint, depth by depth, against the reference."""
     with _needs("export"):
-        from localdepth_export.verify import verify as run
+        from localdepth_export.verification import verify as run
 
     sample = None if text is None else _read_text(text)
     report = run(file, checkpoint, depths=_parse_ints("depths", depths), text=sample, record=record)

@@ -19,7 +19,7 @@ _EXTRAS = {
     "export": ("safetensors", "ml_dtypes", "llama_cpp"),
     "train": ("torch", "safetensors", "ml_dtypes"),
 }
-_TRIAL = "A lift is on floor 4. It goes up 3 floors. Which floor is it on?"
+_TRIAL = "The lift is on floor 4. Go up 3. Go down 1. What floor is it on?"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from gguf import quants as gguf_quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from localdepth_export.convert import QUANTS, to_gguf
-from localdepth_export.verify import verify
+from localdepth_export.verification import verify
 from localdepth_train.checkpoint import save
 from safetensors.numpy import load_file, save_file
 

@@ -69,12 +69,20 @@ class Curve:
     by_family: dict[str, dict[int, Cell]] = field(default_factory=dict)
     ms: dict[int, float] = field(default_factory=dict)
 
+    def passes_to(self, share: float) -> dict[int, int | None]:
+        """By number of steps, the smallest measured depth that answers this share right; None where none does."""
+        return {
+            steps: next((depth for depth in sorted(cells) if cells[depth].accuracy >= share), None)
+            for steps, cells in sorted(self.by_steps.items())
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values; numbers as keys become text, as JSON wants."""
         return {
             "accuracy": _plain(self.total),
             "by_steps": {str(steps): _plain(cells) for steps, cells in sorted(self.by_steps.items())},
             "by_family": {family: _plain(cells) for family, cells in sorted(self.by_family.items())},
+            "passes_to_90": {str(steps): depth for steps, depth in self.passes_to(0.9).items()},
             "n": {str(steps): min(c.n for c in cells.values()) for steps, cells in sorted(self.by_steps.items())},
             "ms": {str(depth): round(ms, 3) for depth, ms in self.ms.items()},
             "policies": {},

@@ -47,9 +47,19 @@ def main() -> None:
     arguments = parser.parse_args()
     n = arguments.n_embd
     config = ModelConfig(
-        n_prelude=2, n_core=2, n_coda=2, n_embd=n, n_head=n // 64, n_head_kv=n // 128,
-        head_dim=64, n_ff=3 * n, n_vocab=4096, n_ctx=256, norm_eps=1e-5,
-        default_depth=8, max_depth=64,
+        n_prelude=2,
+        n_core=2,
+        n_coda=2,
+        n_embd=n,
+        n_head=n // 64,
+        n_head_kv=n // 128,
+        head_dim=64,
+        n_ff=3 * n,
+        n_vocab=4096,
+        n_ctx=256,
+        norm_eps=1e-5,
+        default_depth=8,
+        max_depth=64,
     )
     torch.set_num_threads(arguments.threads)
     limits = Limits(n_ctx=256, kv_depth=16, kv_type=KvType.F16, n_threads=arguments.threads)
