@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from numbers import Integral
 from typing import Any
 
 from localdepth.errors import ConfigError, DepthError
@@ -242,11 +243,11 @@ class ModelConfig:
             DepthError: for anything that is not an int inside the range.
         """
         top = self.measure_depth if measure else self.max_depth
-        if isinstance(depth, bool) or not isinstance(depth, int):
-            raise DepthError(f"depth={depth!r} is not a whole number; pass 1..{top} or one of auto, quick, deep")
+        if isinstance(depth, bool) or not isinstance(depth, Integral):
+            raise DepthError(f"depth={depth!r} is not a whole number; pass 1..{top}, auto, quick, deep or a policy")
         if not 1 <= depth <= top:
             raise DepthError(f'depth={depth} is outside 1..{top} for this model; pass depth={top} or "auto"')
-        return depth
+        return int(depth)
 
     def rope_frequencies(self) -> list[float]:
         """Angle per position of each rotating pair, after scaling: ``[head_dim / 2]``.

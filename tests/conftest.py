@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from localdepth_export.gguf_writer import write
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from localdepth.engine.ggml.quantize import quantize
 from localdepth.engine.toy import random_weights
 from localdepth.gguf import Quant, TokenizerRecord
 from localdepth.model import Model, load
+from localdepth_export.gguf_writer import write
 from tests.published import EXPECTED
 
 ROOT = Path(__file__).parent.parent

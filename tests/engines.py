@@ -5,9 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from localdepth_export.gguf_writer import write
-from localdepth_train.reference import ReferenceModel
-from localdepth_train.reference_engine import ReferenceEngine
 from numpy.typing import NDArray
 
 from localdepth.config import ModelConfig
@@ -18,6 +15,9 @@ from localdepth.engine.toy import ToyEngine
 from localdepth.gguf import Quant, read
 from localdepth.loop import forward
 from localdepth.policy.base import Decision
+from localdepth_export.gguf_writer import write
+from localdepth_train.reference import ReferenceModel
+from localdepth_train.reference_engine import ReferenceEngine
 
 __all__ = ["KINDS", "fixed", "greedy", "make", "reference_of", "run", "write_model"]
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from localdepth_train.layouts import published_parts
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from localdepth.config import ModelConfig, NormPlacement, QkNorm, RopeScaling, RopeStyle, StateInit
 from localdepth.engine.toy import random_weights
+from localdepth_train.layouts import published_parts
 
 __all__ = ["CONFIGS", "EXPECTED", "make_checkpoint", "published_tensors", "weights_of"]
 

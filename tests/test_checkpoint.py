@@ -7,11 +7,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from localdepth_train.checkpoint import Checkpoint, save
-from localdepth_train.layouts import recognise
 from safetensors.numpy import load_file, save_file
 
 from localdepth.errors import CheckpointError, ConfigError, StorageError
+from localdepth_train.checkpoint import Checkpoint, save
+from localdepth_train.layouts import recognise
 from tests.published import CONFIGS, EXPECTED, make_checkpoint, weights_of
 
 KINDS = {

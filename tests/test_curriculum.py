@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from localdepth_train.curriculum import Ramp, StepsCurriculum, lr_multiplier, mean_depth_at
 
 LR_ROUNDING = 1e-8  # the reference curve is stored with eight decimals

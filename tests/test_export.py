@@ -11,9 +11,6 @@ import pytest
 from gguf import quants as gguf_quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from localdepth_export.convert import QUANTS, to_gguf
-from localdepth_export.verification import verify
-from localdepth_train.checkpoint import save
 from safetensors.numpy import load_file, save_file
 
 from localdepth.engine.ggml.quantize import quantize
@@ -21,6 +18,9 @@ from localdepth.engine.toy import random_weights
 from localdepth.errors import CheckpointError, ConfigError, StorageError
 from localdepth.gguf import CheckStatus, Quant, read
 from localdepth.model import load
+from localdepth_export.convert import QUANTS, to_gguf
+from localdepth_export.verification import verify
+from localdepth_train.checkpoint import save
 from tests.conftest import TEMPLATE, tokenizer_json
 from tests.published import EXPECTED, make_checkpoint, weights_of
 

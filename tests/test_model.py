@@ -307,11 +307,10 @@ def test_threads_share_a_model_and_get_what_they_would_get_alone(model: Model) -
 
 
 def test_a_file_without_tokenizer_takes_and_gives_ids(model_file: Path, tmp_path: Path) -> None:
-    from localdepth_export.gguf_writer import write
-
     from localdepth.engine.ggml.quantize import quantize
     from localdepth.engine.toy import random_weights
     from localdepth.gguf import Quant
+    from localdepth_export.gguf_writer import write
 
     config = replace(inspect(model_file), n_vocab=64)
     weights = random_weights(config, 0)

@@ -5,11 +5,11 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from localdepth.errors import ConfigError
 from localdepth_train.families import FAMILIES, WORLD
 from localdepth_train.off_topic import REFUSAL, off_topic
 from localdepth_train.tasks import Question, Split, evaluation, is_right, overlap, questions, split
-
-from localdepth.errors import ConfigError
 
 families = st.sampled_from(sorted(FAMILIES))
 cells = {"family": families, "steps": st.integers(1, 10), "seed": st.integers(0, 1000)}

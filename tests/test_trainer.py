@@ -11,6 +11,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.nn import functional  # noqa: E402
+
+from localdepth.errors import DepthError, StorageError, TrainError  # noqa: E402
 from localdepth_train.checkpoint import Checkpoint  # noqa: E402
 from localdepth_train.curriculum import StepsCurriculum  # noqa: E402
 from localdepth_train.data import Encoder, draw_questions, micro_batches  # noqa: E402
@@ -22,9 +25,6 @@ from localdepth_train.run_folder import RunFolder  # noqa: E402
 from localdepth_train.tasks import Split, questions  # noqa: E402
 from localdepth_train.trainer import Trainer, train  # noqa: E402
 from localdepth_train.vocabulary import ANSWER, BOS, EOS, train_tokenizer  # noqa: E402
-from torch.nn import functional  # noqa: E402
-
-from localdepth.errors import DepthError, StorageError, TrainError  # noqa: E402
 
 DEFAULT = Path(__file__).parents[1] / "export/localdepth_train/recipes/default.toml"
 THREAD_ROUNDING = 1e-6  # a gradient summed in the same order but computed beside another

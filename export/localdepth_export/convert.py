@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from localdepth_train.checkpoint import Checkpoint
 from numpy.typing import NDArray
 
 from localdepth.engine.ggml.quantize import quantize
@@ -15,6 +14,7 @@ from localdepth.errors import ConfigError
 from localdepth.gguf import Quant
 from localdepth_export.gguf_writer import write
 from localdepth_export.tokenizer_record import read_license, read_tokenizer
+from localdepth_train.checkpoint import Checkpoint
 
 __all__ = ["QUANTS", "Export", "to_gguf"]
 

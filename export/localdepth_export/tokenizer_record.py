@@ -5,12 +5,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from localdepth_train.checkpoint import Checkpoint
-
 from localdepth.chat import ChatTemplate
 from localdepth.errors import CheckpointError
 from localdepth.gguf import TokenizerRecord
 from localdepth.tokenizer import Tokenizer
+from localdepth_train.checkpoint import Checkpoint
 
 __all__ = ["read_license", "read_tokenizer"]
 

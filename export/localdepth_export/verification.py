@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from localdepth_train.checkpoint import Checkpoint
 from numpy.typing import NDArray
 
 from localdepth.config import ModelConfig
@@ -20,6 +19,7 @@ from localdepth.loop import forward
 from localdepth.policy.base import Decision
 from localdepth.tokenizer import Tokenizer
 from localdepth_export.gguf_writer import write_check
+from localdepth_train.checkpoint import Checkpoint
 
 __all__ = ["BOUNDS", "Bound", "Report", "verify"]
 

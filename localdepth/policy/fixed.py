@@ -1,6 +1,7 @@
 """One depth for a whole request: a number, or a word that stands for one in this model."""
 
 from dataclasses import dataclass
+from typing import cast
 
 from localdepth.config import ModelConfig
 from localdepth.errors import DepthError
@@ -49,10 +50,9 @@ def as_policy(depth: int | str | DepthPolicy, config: ModelConfig) -> DepthPolic
     """
     if isinstance(depth, str):
         return _from_word(depth, config)
-    if isinstance(depth, int):
-        return FixedDepth(depth=config.check_depth(depth), chosen_by="request", reason=f"depth={depth} was asked for")
-    if not callable(getattr(depth, "decide", None)):
-        raise DepthError(f"depth={depth!r} is neither a number, a word nor a policy with a decide method")
+    if isinstance(depth, int) or not callable(getattr(depth, "decide", None)):
+        passes = config.check_depth(cast(int, depth))
+        return FixedDepth(depth=passes, chosen_by="request", reason=f"depth={passes} was asked for")
     return depth
 
 

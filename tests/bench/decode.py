@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from localdepth_train.reference_engine import ReferenceEngine
 
 from localdepth.config import ModelConfig
 from localdepth.engine.base import Engine, KvType, Limits
@@ -21,6 +20,7 @@ from localdepth.engine.ggml.engine import GgmlEngine
 from localdepth.engine.toy import random_weights
 from localdepth.gguf import Quant, read
 from localdepth.loop import forward
+from localdepth_train.reference_engine import ReferenceEngine
 from tests import engines
 
 DEPTHS = (1, 4, 8, 16)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from localdepth_train.objective import loss
-from localdepth_train.reference_engine import ReferenceEngine
 from numpy.typing import NDArray
 
 from localdepth.engine.base import KvType, Limits
+from localdepth_train.objective import loss
+from localdepth_train.reference_engine import ReferenceEngine
 from tests import engines
 from tests.published import EXPECTED, weights_of
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from localdepth_train.checkpoint import Checkpoint
-from localdepth_train.objective import loss
 from numpy.typing import NDArray
 
+from localdepth_train.checkpoint import Checkpoint
+from localdepth_train.objective import loss
 from tests import engines
 from tests.golden.make import DEPTHS, FILE, MIXED, PROMPT, RINGS
 from tests.published import EXPECTED, make_checkpoint
