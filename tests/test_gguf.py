@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf_parts import CONFIG, F32, I32, I64, STRING, U8, U64, Parts, Record, quick_and_small, sound, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localdepth.errors import ModelFileError
 from localdepth.gguf import Check, CheckStatus, GgufFile, Quant, TokenizerRecord, read
+from tests.gguf_parts import CONFIG, F32, I32, I64, STRING, U8, U64, Parts, Record, quick_and_small, sound, text
 
 F16_TYPE, Q2_K_TYPE = 1, 10
 

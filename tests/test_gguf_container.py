@@ -4,10 +4,10 @@ import struct
 from typing import Any
 
 import pytest
-from gguf_parts import ARRAY, F64, STRING, U8, Parts, array, quick_and_small, sound, text
 
 from localdepth.errors import ModelFileError
 from localdepth.gguf_container import TensorTable, read_header, read_tensors
+from tests.gguf_parts import ARRAY, F64, STRING, U8, Parts, array, quick_and_small, sound, text
 
 F16_TYPE, Q8_0_TYPE = 1, 8
 ABSURD = [1 << 20, 1 << 40, (1 << 64) - 1]

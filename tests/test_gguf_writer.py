@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import configs, quants, stored
 
 from localdepth.config import ModelConfig
 from localdepth.errors import ConfigError, ModelFileError, StorageError
 from localdepth.gguf import ARCHITECTURE, Check, CheckStatus, Key, Quant, TokenizerRecord, read
 from localdepth_export.gguf_writer import write, write_check
+from tests.strategies import configs, quants, stored
 
 CONFIG = ModelConfig(
     n_prelude=1,
