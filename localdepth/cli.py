@@ -4,7 +4,7 @@ Exit codes: 0 done, 1 the check failed, 2 request or file refused, 3 the machine
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from localdepth import console
 from localdepth.doctor import examine
-from localdepth.errors import LocalDepthError, MissingExtra, PromptError, RequestError
+from localdepth.errors import LocalDepthError, MachineError, MissingExtra, PromptError, RequestError
 from localdepth.gguf import read
 from localdepth.model import load
 from localdepth.sampling import Sampling
@@ -47,6 +47,7 @@ EngineOption = Annotated[str, typer.Option("--engine", help="auto, ggml, or toy 
 
 def main() -> None:
     """Entry point of the ``localdepth`` command."""
+    console.speak_utf8()
     app()
 
 
@@ -65,6 +66,8 @@ def command(function: Callable[P, int | None]) -> Callable[P, None]:
         except BrokenPipeError:
             console.quiet_pipe()
             code = 0
+        except (MemoryError, OSError) as error:
+            code = console.report_error(MachineError(f"{type(error).__name__}: {error}"), False)
         raise typer.Exit(code)
 
     return run
@@ -112,33 +115,17 @@ def ask(
             depth=_parse_depth(depth),
             sampling=Sampling(temperature=temperature, seed=seed),
             max_tokens=max_tokens,
-            stop=tuple(stop or ()),
+            stop=stop or (),
         )
-        pieces, deepest = [], 0
-        for token in stream:
-            pieces.append(token.text)
-            deepest = max(deepest, token.depth)
-            if not as_json:
-                console.answer(token.text)
-    stats, decision = stream.stats, stream.decision
+        answer = stream.collect(on_token=None if as_json else lambda token: console.answer(token.text))
     if as_json:
-        console.emit(
-            {
-                "text": "".join(pieces),
-                "depth": deepest,
-                "mean_depth": round(stats.mean_depth, 4),
-                "chosen_by": decision.chosen_by,
-                "reason": decision.reason,
-                "finish_reason": stream.finish_reason,
-                "stats": asdict(stats),
-            }
-        )
+        console.emit(answer.to_dict())
         return
     console.answer("\n")
-    seconds = (stats.prompt_ms + stats.decode_ms) / 1000
+    stats, decision = answer.stats, answer.decision
     console.notes.print(
-        f"depth {deepest}, chosen by {decision.chosen_by}: {decision.reason} · {stats.n_generated} tokens in "
-        f"{seconds:.2f} s · ended by {stream.finish_reason}",
+        f"depth {answer.depth}, chosen by {decision.chosen_by}: {decision.reason} · {stats.n_generated} tokens in "
+        f"{(stats.prompt_ms + stats.decode_ms) / 1000:.2f} s · ended by {answer.finish_reason}",
         style="dim",
         soft_wrap=True,
     )
@@ -168,19 +155,7 @@ def inspect(
 ) -> None:
     """Show what a model file holds, without loading its weights."""
     with read(file) as opened:
-        quants: dict[str, int] = {}
-        for info in opened.tensors.values():
-            quants[info.quant] = quants.get(info.quant, 0) + info.n_bytes
-        record: dict[str, Any] = {
-            "config": opened.config.to_dict(),
-            "n_params": opened.config.n_params,
-            "n_bytes": file.stat().st_size,
-            "bytes_by_quant": quants,
-            "tokenizer": opened.tokenizer is not None,
-            "chat_template": bool(opened.tokenizer and opened.tokenizer.chat_template),
-            "provenance": dict(opened.provenance),
-            "check": None if opened.check is None else asdict(opened.check),
-        }
+        record = opened.summary()
     if as_json:
         console.emit(record)
         return
@@ -248,11 +223,21 @@ def verify(
     report = run(file, checkpoint, depths=_parse_ints("depths", depths), text=sample, record=record)
     check = report.check
     if as_json:
-        console.emit({"passed": report.passed, "quant": report.quant, "n_tokens": report.n_tokens, **asdict(check)})
+        console.emit(
+            {
+                "passed": report.passed,
+                "quant": report.quant,
+                "n_tokens": report.n_tokens,
+                "wrong_tensors": report.wrong_tensors,
+                **asdict(check),
+            }
+        )
     else:
         lines = zip(check.depths, check.max_abs, check.kl, check.top1, strict=True)
         rows = [(str(d), f"{a:.2e}", f"{kl:.2e}", f"{100 * top:.1f} %") for d, a, kl, top in lines]
         console.say.print(console.table(("depth", "max abs", "KL, nats", "same top-1"), rows))
+        if report.wrong_tensors:
+            console.say.print(f"not the checkpoint's numbers: {', '.join(report.wrong_tensors)}")
         verdict = "within" if report.passed else "BEYOND"
         console.say.print(
             f"{report.n_tokens} positions of {report.text_source}; {verdict} the bound for {report.quant}: "
@@ -296,11 +281,17 @@ def train_run(
         from localdepth_train.trainer import train
     from localdepth_train.recipe import load_recipe
 
-    report = train(load_recipe(recipe), out)
+    plan = load_recipe(recipe)
+    report = train(plan, out, on_record=lambda record: _show_progress(record, plan.steps))
     if as_json:
         console.emit({"steps": report.steps, "loss": report.loss, "checkpoint": str(report.checkpoint)})
     else:
         console.say.print(f"{report.steps} steps, loss {report.loss:.4f}, checkpoint {report.checkpoint}")
+
+
+def _show_progress(record: Mapping[str, Any], n_steps: int) -> None:
+    facts = ", ".join(f"{key} {_brief(value)}" for key, value in record.items() if key in ("loss", "accuracy"))
+    console.notes.print(f"step {record['step']} of {n_steps}: {facts}", soft_wrap=True)
 
 
 @contextmanager

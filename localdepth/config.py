@@ -6,7 +6,7 @@ file (prefix ``localdepth.``) and to our own ``config.json``.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from numbers import Integral
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 from localdepth.errors import ConfigError, DepthError
 
 __all__ = [
+    "MEASURE_DEPTH",
+    "PLAIN_MODELS",
     "STAGES",
     "Activation",
     "Injection",
@@ -23,6 +25,7 @@ __all__ = [
     "RopeScaling",
     "RopeStyle",
     "StateInit",
+    "plain_model",
 ]
 
 STAGES = ("prelude", "core", "coda")
@@ -43,6 +46,10 @@ _LIMITS = {
     "max_depth": 4096,
     "rope_scaling_original_n_ctx": 1 << 24,
 }
+
+
+# Beginnings of the names that models without a loop give themselves, in GGUF and in Hugging Face configs.
+PLAIN_MODELS = ("llama", "mistral", "olmo2", "qwen", "gemma", "phi")
 
 
 class Injection(StrEnum):
@@ -131,8 +138,8 @@ class ModelConfig:
     norm_after_core: bool = False
     tied_head: bool = False
     activation: Activation = Activation.SILU
-    default_depth: int = field()
-    max_depth: int = field()
+    default_depth: int
+    max_depth: int
     auto_min_depth: int = 1
     trained_mean_depth: float = 0.0  # 0: unknown
 
@@ -244,9 +251,13 @@ class ModelConfig:
         """
         top = self.measure_depth if measure else self.max_depth
         if isinstance(depth, bool) or not isinstance(depth, Integral):
-            raise DepthError(f"depth={depth!r} is not a whole number; pass 1..{top}, auto, quick, deep or a policy")
+            raise DepthError(
+                f"depth={depth!r} is not a whole number in 1..{top}"
+                + ("" if measure else ", auto, quick, deep or a policy")
+            )
         if not 1 <= depth <= top:
-            raise DepthError(f'depth={depth} is outside 1..{top} for this model; pass depth={top} or "auto"')
+            remedy = f"pass depth={max(1, min(depth, top))}" + ("" if measure else ' or "auto"')
+            raise DepthError(f"depth={depth} is outside 1..{top} for this model; {remedy}")
         return int(depth)
 
     def rope_frequencies(self) -> list[float]:
@@ -285,6 +296,14 @@ class ModelConfig:
         if missing := [name for name in known if name not in record]:
             raise ConfigError(f"missing model fields {', '.join(missing)}")
         return cls(**{name: _revive(name, record[name], item.type) for name, item in known.items()})
+
+
+def plain_model(kind: str, where: str) -> str:
+    """What to tell someone who brings a model without a loop: what it is, and how it becomes one of ours."""
+    return (
+        f"plain {kind:.40} model without a core to repeat; make {where} a looped one and train it: "
+        "localdepth retrofit BASE -o OUT (planned; not in this version)"
+    )
 
 
 def _revive(name: str, value: Any, kind: Any) -> Any:

@@ -1,7 +1,10 @@
 """What the command line prints, and where: answers and JSON to standard output, everything else to standard error."""
 
+import io
 import json
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,31 +16,69 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from localdepth.errors import LocalDepthError
+from localdepth.errors import LocalDepthError, MachineError
 
-__all__ = ["answer", "emit", "notes", "quiet_pipe", "report_error", "say", "shade", "table", "ticking"]
+__all__ = [
+    "answer",
+    "emit",
+    "notes",
+    "plain",
+    "quiet_pipe",
+    "report_error",
+    "say",
+    "shade",
+    "speak_utf8",
+    "table",
+    "ticking",
+]
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 say = Console(highlight=False, soft_wrap=True)  # standard output
 notes = Console(stderr=True, highlight=False)
 
 
+def speak_utf8() -> None:
+    """Print any text, whatever the locale or the pipe thinks of it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
 def emit(record: dict[str, Any]) -> None:
-    """The one line of ``--json``."""
-    sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+    """The one line of ``--json``; numbers that are not finite, which JSON lacks, become null."""
+    _write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def answer(text: str) -> None:
-    """A piece of an answer, as it is."""
+    """A piece of an answer: as it is, but on a terminal without characters that would steer it."""
+    _write(plain(text) if sys.stdout is not None and sys.stdout.isatty() else text)
+
+
+def plain(text: str) -> str:
+    """Text with control characters made visible, line breaks and tabs excepted."""
+    return _CONTROL.sub(lambda found: repr(found.group())[1:-1], text)
+
+
+def _write(text: str) -> None:
+    if sys.stdout is None:
+        raise MachineError("there is no standard output to write to; connect one")
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def report_error(error: LocalDepthError, as_json: bool) -> int:
     """Say what went wrong; returns the exit code."""
-    notes.print(Text.assemble((f"{type(error).__name__}: ", "bold red"), str(error)), soft_wrap=True)
+    notes.print(Text.assemble((f"{type(error).__name__}: ", "bold red"), plain(str(error))), soft_wrap=True)
     if as_json:
         emit({"error": {"type": type(error).__name__, "message": str(error)}})
     return error.exit_code
@@ -49,7 +90,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], title: s
     for i, name in enumerate(columns):
         made.add_column(name, justify="left" if i == 0 else "right", no_wrap=i > 0)
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*(Text(plain(cell)) if isinstance(cell, str) else cell for cell in row))
     return made
 
 

@@ -3,15 +3,16 @@
 import math
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 
 from localdepth.config import ModelConfig
-from localdepth.engine.base import F32, Engine, Span, initial_state
-from localdepth.errors import ContextOverflow, RequestError
+from localdepth.engine.base import F32, Engine, Span, check_open, initial_state
+from localdepth.errors import ContextOverflow, EngineError, RequestError, SamplingError
 from localdepth.loop import forward
 from localdepth.policy.base import Decision
 from localdepth.sampling import GREEDY, Sampling, pick
@@ -52,7 +53,7 @@ class Stats:
 
     Attributes:
         mean_depth: passes over all prompt and generated positions, exit checks in pass equivalents
-            included, divided by the positions that ran.
+            included, divided by the positions that ran (the last token never does).
         generated_depth: mean depth of the generated tokens alone.
         passes: the sum behind ``mean_depth``.
     """
@@ -64,11 +65,6 @@ class Stats:
     passes: float
     prompt_ms: float
     decode_ms: float
-
-    @property
-    def decode_tok_s(self) -> float:
-        """Tokens per second after the first."""
-        return (self.n_generated - 1) / self.decode_ms * 1000 if self.decode_ms > 0 and self.n_generated > 1 else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +82,18 @@ class Generation:
     def depth(self) -> int:
         """The deepest depth used."""
         return max(token.depth for token in self.tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer without its single tokens, as plain values for JSON."""
+        return {
+            "text": self.text,
+            "depth": self.depth,
+            "mean_depth": self.stats.mean_depth,
+            "chosen_by": self.decision.chosen_by,
+            "reason": self.decision.reason,
+            "finish_reason": str(self.finish_reason),
+            "stats": asdict(self.stats),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +120,11 @@ class Request:
     top_logprobs: int = 0
 
     def __post_init__(self) -> None:
+        for name, kind in (("sampling", Sampling), ("decision", Decision)):
+            if not isinstance(getattr(self, name), kind):
+                raise RequestError(
+                    f"{name}={getattr(self, name)!r} is no {kind.__name__}; make one with {kind.__name__}(...)"
+                )
         for name, low, high in (("max_tokens", 1, 1 << 31), ("top_logprobs", 0, 1000)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -122,24 +135,24 @@ class Request:
 
 
 class Stream:
-    """Iterates over the tokens of one answer. Closing it, or leaving its loop, frees its cache.
+    """Iterates over the tokens of one answer; any thread may close it.
 
-    ``finish_reason`` is None until the stream has ended by itself; ``stats`` grow with it.
+    A stream frees its cache when it ends, when it is closed, and when nothing refers to it any more.
+    ``finish_reason`` is None until it has ended by itself; ``stats`` grow with it.
+
+    Raises:
+        ContextOverflow, DepthError, SamplingError, RequestError: the model cannot serve the request.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None, request: Request, lock: threading.RLock) -> None:
         self.request = request
         self.finish_reason: FinishReason | None = None
         self._engine, self._tokenizer, self._lock = engine, tokenizer, lock
-        limits = engine.limits
-        if len(request.ids) >= limits.n_ctx:
-            raise ContextOverflow(
-                f"the prompt has {len(request.ids)} tokens and n_ctx={limits.n_ctx} must also hold the answer; shorten "
-                f"it, or load the model with a larger n_ctx (it was made for up to {engine.config.n_ctx})"
-            )
+        _check_fits(request, engine)
         self._texts = _Released(tokenizer, request.stop)
         self._cost = _Cost(engine.config, request)
         self._tokens = self._run()
+        self._turn = threading.Lock()  # a generator that runs in one thread must not be closed from another
 
     @property
     def decision(self) -> Decision:
@@ -155,11 +168,30 @@ class Stream:
         return self
 
     def __next__(self) -> Token:
-        return next(self._tokens)
+        with self._turn:
+            return next(self._tokens)
+
+    def collect(self, on_token: Callable[[Token], None] | None = None) -> Generation:
+        """Run to the end and return the whole answer; ``on_token`` sees each token as it comes."""
+        tokens = []
+        for token in self:
+            tokens.append(token)
+            if on_token:
+                on_token(token)
+        if self.finish_reason is None or not tokens:
+            raise EngineError("the stream was closed before its answer ended; ask again")
+        return Generation(
+            text="".join(token.text for token in tokens),
+            tokens=tuple(tokens),
+            finish_reason=self.finish_reason,
+            decision=self.decision,
+            stats=self.stats,
+        )
 
     def close(self) -> None:
-        """End early; safe to call twice."""
-        self._tokens.close()
+        """End early, once the token in the making is done; safe to call twice."""
+        with self._turn:
+            self._tokens.close()
 
     def _run(self) -> Generator[Token, None, None]:
         request, engine = self.request, self._engine
@@ -169,8 +201,8 @@ class Stream:
             step = _Step(engine, request)
         try:
             while self.finish_reason is None:
-                began = time.perf_counter()
                 with self._lock:
+                    began = time.perf_counter()
                     logits, depth = step(new)
                 chosen = pick(logits, request.sampling, position=len(ids), recent=ids, n_top=request.top_logprobs)
                 self._cost.add(len(new), depth, time.perf_counter() - began)
@@ -194,6 +226,21 @@ class Stream:
         if n_ids == self._engine.limits.n_ctx:
             return FinishReason.CONTEXT, text + self._texts.flush()
         return None, text
+
+
+def _check_fits(request: Request, engine: Engine) -> None:
+    """Refuse before anything is computed what the model would refuse later."""
+    limits, config = engine.limits, engine.config
+    if len(request.ids) >= limits.n_ctx:
+        raise ContextOverflow(
+            f"the prompt has {len(request.ids)} tokens and n_ctx={limits.n_ctx} must also hold the answer; shorten "
+            f"it, or load the model with a larger n_ctx (it was made for up to {config.n_ctx})"
+        )
+    check_open(limits, request.decision.ceiling)
+    if request.top_logprobs > config.n_vocab:
+        raise SamplingError(f"top_logprobs={request.top_logprobs} is outside 0..{config.n_vocab}, the vocabulary")
+    if beyond := [i for i in request.sampling.logit_bias if i >= config.n_vocab]:
+        raise SamplingError(f"logit_bias id {beyond[0]} is outside 0..{config.n_vocab - 1}; use ids of this model")
 
 
 class _Step:
@@ -245,7 +292,7 @@ class _Cost:
 
     def __init__(self, config: ModelConfig, request: Request) -> None:
         self._n_prompt = len(request.ids)
-        self._exit_check = _check_passes(config) if _reads_logits(request.decision) else 0.0
+        self._check = _CheckCost.of(config, request.decision)
         self._decision = request.decision
         self._depths: list[int] = []  # of the generated tokens
         self._passes = 0.0
@@ -253,9 +300,9 @@ class _Cost:
         self._seconds: list[float] = []
 
     def add(self, n: int, depth: int, seconds: float) -> None:
-        """Count ``n`` positions that ran ``depth`` passes."""
-        n_checks = min(depth, self._decision.ceiling - 1) - self._decision.floor + 1 if self._decision.exit else 0
-        self._passes += n * depth + max(n_checks, 0) * self._exit_check
+        """Count a call of ``n`` positions that ran ``depth`` passes and gave one token."""
+        n_checks = max(0, min(depth, self._decision.ceiling - 1) - self._decision.floor + 1)
+        self._passes += n * depth + n_checks * (n * self._check.position + self._check.call)
         self._positions += n
         self._depths.append(depth)
         self._seconds.append(seconds)
@@ -273,16 +320,21 @@ class _Cost:
         )
 
 
-def _reads_logits(decision: Decision) -> bool:
-    return decision.exit is not None and "logits" in decision.exit.needs
+@dataclass(frozen=True, slots=True)
+class _CheckCost:
+    """What one look at the logits costs, in passes: the coda for every position, the head for one."""
 
+    position: float = 0.0
+    call: float = 0.0
 
-def _check_passes(config: ModelConfig) -> float:
-    """Cost of one look at the logits in passes: parameters of coda and head over those of the core."""
-    shapes = config.tensors()
+    @classmethod
+    def of(cls, config: ModelConfig, decision: Decision) -> "_CheckCost":
+        if decision.exit is None or "logits" not in decision.exit.needs:
+            return cls()
+        shapes = config.tensors()
 
-    def size(*prefixes: str) -> int:
-        return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefixes))
+        def size(*prefixes: str) -> int:
+            return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefixes))
 
-    head = size("token_embd.") if config.tied_head else size("output.")
-    return (size("coda.") + head) / size("core.", "injection.state.")
+        core = size("core.", "injection.state.")
+        return cls(size("coda.") / core, size("token_embd." if config.tied_head else "output.weight") / core)

@@ -16,20 +16,21 @@ and one tensor for each name of ``ModelConfig.tensors()``, the core once. An unk
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from mmap import mmap
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, Keys
+from gguf.constants import Keys
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from localdepth.config import ModelConfig
+from localdepth.config import PLAIN_MODELS, ModelConfig, plain_model
 from localdepth.errors import ConfigError, ModelFileError
 from localdepth.gguf_container import StoredTensor, Value, damaged, map_file, read_header, read_tensors
+from localdepth.quant import Quant
 
 __all__ = [
     "ARCHITECTURE",
@@ -44,7 +45,6 @@ __all__ = [
     "GgufFile",
     "Key",
     "Provenance",
-    "Quant",
     "TensorInfo",
     "TokenizerRecord",
     "read",
@@ -63,8 +63,6 @@ PROVENANCE_KINDS: Mapping[str, type[str] | type[tuple[str, ...]]] = {
     "fallbacks": tuple,  # of "tensor: Q8_0 -> F16"
 }
 
-# Architectures the retrofit starts from; in GGUF, Mistral and TinyLlama call themselves llama.
-_PLAIN = ("llama", "mistral", "olmo2", "qwen")
 _MAX_SHOWN = 3  # names in a message
 _MAX_OPTION = 40  # characters; no option is called longer
 _T = TypeVar("_T")
@@ -83,48 +81,12 @@ class Key(StrEnum):
     CHAT_TEMPLATE = Keys.Tokenizer.CHAT_TEMPLATE
 
 
-class Quant(StrEnum):
-    """How the numbers of a tensor are stored; the names and block sizes are ggml's."""
-
-    F32 = "F32"
-    F16 = "F16"
-    BF16 = "BF16"
-    Q8_0 = "Q8_0"
-    Q4_0 = "Q4_0"
-    Q4_K = "Q4_K"
-    Q5_0 = "Q5_0"
-    Q5_K = "Q5_K"
-    Q6_K = "Q6_K"
-
-    @property
-    def ggml_type(self) -> GGMLQuantizationType:
-        """ggml's number for it."""
-        return GGMLQuantizationType[self.value]
-
-    @property
-    def block(self) -> int:
-        """Numbers in a block; a row is a whole number of blocks."""
-        return GGML_QUANT_SIZES[self.ggml_type][0]
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block."""
-        return GGML_QUANT_SIZES[self.ggml_type][1]
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a weight of this shape may be stored so; norms and biases stay float32, as ggml adds them."""
-        return shape[-1] % self.block == 0 and (len(shape) > 1 or self is Quant.F32)
-
-    def n_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a tensor of this shape."""
-        return math.prod(shape) // self.block * self.block_bytes
-
-
 class CheckStatus(StrEnum):
-    """Whether the file was found equal to the reference within its tolerances."""
+    """What comparing the file with the reference gave."""
 
     VERIFIED = "verified"
-    UNVERIFIED = "unverified"
+    FAILED = "failed"
+    UNVERIFIED = "unverified"  # nobody compared it
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +140,10 @@ class Check:
     def __post_init__(self) -> None:
         if {len(self.max_abs), len(self.kl), len(self.top1)} != {len(self.depths)}:
             raise ConfigError(f"{CHECK}*: one value of each kind is needed for each of the depths {self.depths}")
-        if self.status is CheckStatus.VERIFIED and not self.depths:
-            raise ConfigError(f"{CHECK}status is {self.status} without a depth that was compared")
+        if (self.status is CheckStatus.UNVERIFIED) != (not self.depths):
+            raise ConfigError(f"{CHECK}status is {self.status} with {len(self.depths)} depths compared")
+        if self.status is CheckStatus.VERIFIED and not all(map(math.isfinite, (*self.max_abs, *self.kl, *self.top1))):
+            raise ConfigError(f"{CHECK}status is {self.status} with numbers that are not finite")
 
 
 @dataclass(eq=False, slots=True)
@@ -208,6 +172,22 @@ class GgufFile:
         rows = self.data(name).reshape(math.prod(info.shape[:-1]), -1)
         values = dequantize(rows, info.quant.ggml_type)
         return np.require(values, np.float32, ["C", "W"]).reshape(info.shape)
+
+    def summary(self) -> dict[str, Any]:
+        """What the file holds, as plain values for people and JSON."""
+        by_quant: dict[str, int] = {}
+        for info in self.tensors.values():
+            by_quant[info.quant] = by_quant.get(info.quant, 0) + info.n_bytes
+        return {
+            "config": self.config.to_dict(),
+            "n_params": self.config.n_params,
+            "n_bytes": self.path.stat().st_size,
+            "bytes_by_quant": by_quant,
+            "tokenizer": self.tokenizer is not None,
+            "chat_template": bool(self.tokenizer and self.tokenizer.chat_template),
+            "provenance": dict(self.provenance),
+            "check": None if self.check is None else asdict(self.check),
+        }
 
     def close(self) -> None:
         """Let go of the file; views handed out by ``data`` stay valid and keep it mapped until they die."""
@@ -272,11 +252,8 @@ def _is_read(key: str) -> bool:
 def _refuse_foreign(values: Mapping[str, Value]) -> None:
     """Refuse other architectures, other versions, and keys of ours that we do not know."""
     architecture = _get(values, Key.ARCHITECTURE, str) or "none"
-    if architecture.startswith(_PLAIN):
-        raise ModelFileError(
-            f"architecture {architecture!r:.40} is a plain model without a core to repeat; "
-            f"`localdepth retrofit BASE -o OUT` makes its original checkpoint BASE a looped one"
-        )
+    if architecture.startswith(PLAIN_MODELS):
+        raise ModelFileError(f"this is a {plain_model(architecture, 'BASE, its original checkpoint,')}")
     if architecture != ARCHITECTURE:
         raise ModelFileError(
             f"architecture {architecture!r:.40} is not {ARCHITECTURE!r}; pass a file made by `localdepth export gguf`"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from importlib.resources import files
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -16,7 +17,7 @@ from localdepth.config import ModelConfig
 from localdepth.engine.base import F32, Engine, Ids, KvType, Limits, Span
 from localdepth.engine.ggml.engine import GgmlEngine
 from localdepth.engine.toy import ToyEngine
-from localdepth.errors import ConfigError, EngineError, ModelFileError, PromptError
+from localdepth.errors import ConfigError, DepthError, EngineError, ModelFileError, PromptError, RequestError
 from localdepth.generate import Generation, Request, Stream
 from localdepth.gguf import GgufFile, read
 from localdepth.loop import forward
@@ -110,15 +111,7 @@ class Model:
             top_logprobs=top_logprobs,
             tags=tags,
         )
-        tokens = tuple(stream)
-        assert stream.finish_reason is not None, "a stream that ran to its end says why"
-        return Generation(
-            text="".join(token.text for token in tokens),
-            tokens=tokens,
-            finish_reason=stream.finish_reason,
-            decision=stream.decision,
-            stats=stream.stats,
-        )
+        return stream.collect()
 
     def stream(
         self,
@@ -146,13 +139,14 @@ class Model:
             top_logprobs: alternatives to report with each token.
             tags: words for rules, such as "high-risk".
         Raises:
-            DepthError, PromptError, ContextOverflow, SamplingError, TemplateError: the request cannot be served.
+            RequestError: the request cannot be served; DepthError, PromptError, ContextOverflow, SamplingError and
+                TemplateError say why.
         """
         self._check_open()
         reading = self._reader.read(prompt)
         request = Request(
             ids=reading.ids,
-            decision=self._decide(depth, reading, tuple(tags)),
+            decision=self._decide(depth, reading, _words(tags)),
             sampling=sampling,
             max_tokens=max_tokens,
             stop=stop,
@@ -161,6 +155,17 @@ class Model:
             top_logprobs=top_logprobs,
         )
         return Stream(self._engine, self._reader.tokenizer, request, self._lock)
+
+    def answer_at(self, prompt: Prompt, *, depth: int, max_tokens: int = 256) -> Generation:
+        """Greedy answer at any depth of the measuring range, 1..max(64, max_depth): for curves, not for use.
+
+        Raises:
+            DepthError, PromptError, ContextOverflow: as ``stream``.
+        """
+        self._check_open()
+        decision = _measurement(self.config.check_depth(depth, measure=True))
+        request = Request(ids=self._reader.read(prompt).ids, decision=decision, max_tokens=max_tokens)
+        return Stream(self._engine, self._reader.tokenizer, request, self._lock).collect()
 
     def logits(self, tokens: Sequence[int], *, depth: int, state: F32 | None = None) -> F32:
         """Logits of every position, [T, n_vocab].
@@ -193,6 +198,8 @@ class Model:
         policy = self._policy if depth == "auto" else as_policy(depth, self.config)
         query = Query(tokens=reading.ids, text=reading.text, tags=tags, embedding=lambda: self._pooled(reading.ids))
         decision = policy.decide(query)
+        if not isinstance(decision, Decision):
+            raise DepthError(f"the policy decided {decision!r}; it must return a Decision")
         self.config.check_depth(decision.floor)
         self.config.check_depth(decision.ceiling)
         return decision
@@ -200,11 +207,9 @@ class Model:
     def _forward(
         self, tokens: Sequence[int], depth: int, state: F32 | None, observe: Callable[[Span], None] | None
     ) -> F32:
-        ids = self._ids(tokens)
-        decision = Decision(floor=depth, ceiling=depth, chosen_by="request", reason="a measurement")
         kv = self._engine.open(depth)
         try:
-            return forward(self._engine, kv, ids, decision, "all", state, observe)[0]
+            return forward(self._engine, kv, _ids(tokens), _measurement(depth), "all", _state(state), observe)[0]
         finally:
             kv.close()
 
@@ -226,20 +231,40 @@ class Model:
         with self._lock:
             yield
 
-    @staticmethod
-    def _ids(tokens: Sequence[int]) -> Ids:
-        array = np.asarray(tokens)
-        if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
-            raise PromptError(
-                f"tokens must be a flat list of token ids with at least one, got shape {list(array.shape)}"
-            )
-        if (array < 0).any() or (array > np.iinfo(np.int32).max).any():
-            raise PromptError(f"token ids run from 0; got {int(array.min())}..{int(array.max())}")
-        return array.astype(np.int32)
-
     def _check_open(self) -> None:
         if self._closed:
             raise EngineError("this model is closed; load it again")
+
+
+def _measurement(depth: int) -> Decision:
+    return Decision(floor=depth, ceiling=depth, chosen_by="request", reason="a measurement")
+
+
+def _words(tags: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(tags, str) or not isinstance(tags, Sequence) or not all(isinstance(tag, str) for tag in tags):
+        raise RequestError(f'tags={tags!r} must be a list of words, such as ["high-risk"]')
+    return tuple(tags)
+
+
+def _ids(tokens: Sequence[int]) -> Ids:
+    try:
+        array = np.asarray(tokens)
+    except ValueError:
+        array = np.empty((0, 0))
+    if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+        raise PromptError(f"tokens must be a flat list of token ids with at least one, got {tokens!r:.60}")
+    if (array < 0).any() or (array > np.iinfo(np.int32).max).any():
+        raise PromptError(f"token ids run from 0 to the vocabulary's end; got {int(array.min())}..{int(array.max())}")
+    return array.astype(np.int32)
+
+
+def _state(state: F32 | None) -> F32 | None:
+    if state is None:
+        return None
+    array = np.asarray(state)
+    if array.dtype.kind not in "fiu" or not (np.abs(array) <= np.finfo(np.float32).max).all():
+        raise PromptError("state must hold finite float32 numbers, [T, n_embd]")
+    return array.astype(np.float32)
 
 
 def inspect(path: str | os.PathLike[str]) -> ModelConfig:
@@ -287,10 +312,10 @@ def load(
     cache = _choice(KvType, "kv_type", kv_type)
     with read(_find(model)) as file:
         config = file.config
-        if n_ctx is not None and not (isinstance(n_ctx, int) and 1 <= n_ctx <= config.n_ctx):
+        if n_ctx is not None and not (isinstance(n_ctx, Integral) and 1 <= n_ctx <= config.n_ctx):
             raise ConfigError(f"n_ctx={n_ctx!r} is outside 1..{config.n_ctx}, what this model was made for")
         limits = Limits(
-            n_ctx=n_ctx or min(config.n_ctx, _DEFAULT_N_CTX),
+            n_ctx=int(n_ctx or min(config.n_ctx, _DEFAULT_N_CTX)),
             kv_depth=config.measure_depth if kv_depth is None else kv_depth,
             ring=ring,
             kv_type=cache,
@@ -315,7 +340,10 @@ def _start(name: EngineName, file: GgufFile, limits: Limits) -> Engine:
 def _find(model: str | os.PathLike[str] | None) -> Path:
     if model is None:
         return Path(str(files("localdepth") / "models" / DEFAULT_MODEL))
-    path = Path(model)
+    try:
+        path = Path(model)
+    except TypeError:
+        raise ModelFileError(f"{model!r} is no path of a model file") from None
     if path.is_dir():
         raise ModelFileError(
             f"{path} is a directory, not a model file; make one of a checkpoint with: "

@@ -1,5 +1,6 @@
 """From what a caller passes as a prompt to token ids: text, chat messages, or ids."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,10 @@ from localdepth.errors import PromptError
 from localdepth.gguf import TokenizerRecord
 from localdepth.tokenizer import Tokenizer
 
-__all__ = ["Prompt", "PromptReader", "Reading"]
+__all__ = ["Prompt", "PromptReader", "Reading", "build_tokenizer"]
+
+_DIGIT = 0xF8E0  # private-use characters stand for the digits of a mark
+_MARK = re.compile("\uf8f0[\uf8e0-\uf8e9]+\uf8f1")
 
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 
@@ -22,6 +26,15 @@ class Reading:
 
     ids: tuple[int, ...]
     text: str
+
+
+def build_tokenizer(record: TokenizerRecord, n_vocab: int) -> Tokenizer:
+    """The tokenizer that a model file's record describes.
+
+    Raises:
+        ModelFileError: when it is damaged, hostile, or does not fit the model.
+    """
+    return Tokenizer.from_json(record.json, n_vocab=n_vocab, bos=record.bos, eos=record.eos, add_bos=record.add_bos)
 
 
 class PromptReader:
@@ -36,9 +49,7 @@ class PromptReader:
         self._n_vocab = n_vocab
         if record is None:
             return
-        self.tokenizer = Tokenizer.from_json(
-            record.json, n_vocab=n_vocab, bos=record.bos, eos=record.eos, add_bos=record.add_bos
-        )
+        self.tokenizer = build_tokenizer(record, n_vocab)
         if record.chat_template is not None:
             bos = "" if record.bos is None else self.tokenizer.token(record.bos)
             eos = self.tokenizer.token(record.eos[0]) if record.eos else ""
@@ -82,9 +93,12 @@ class PromptReader:
         tokenizer = self._need_tokenizer()
         if self.template is None:
             raise PromptError("this model file has no chat template; pass the prompt as text or token ids")
-        rendered = self.template.render(messages)
+        veil = _Veil(tokenizer.control_names)
+        rendered = self.template.render(
+            [{**message, "content": veil.hide(message.get("content"))} for message in messages]
+        )
         spoken = "\n".join(str(message.get("content", "")) for message in messages)
-        return Reading(tuple(tokenizer.encode(rendered, special=True)), spoken)
+        return Reading(tuple(tokenizer.encode_parts(veil.parts(rendered))), spoken)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -97,3 +111,41 @@ class PromptReader:
         if not 0 <= item < self._n_vocab:
             raise PromptError(f"token id {item} is outside 0..{self._n_vocab - 1}, the vocabulary of this model")
         return int(item)
+
+
+class _Veil:
+    """Keeps the names of control tokens inside messages from becoming these tokens.
+
+    Before a template sees a message, each such name is replaced by a mark of private-use characters; afterwards the
+    rendered text is cut at the marks, and the names are encoded as the plain text they are.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._hidden: list[str] = []
+
+    def hide(self, content: Any) -> Any:
+        """The message with marks; what is no text is left for the template to judge."""
+        if not isinstance(content, str):
+            return content
+        # a mark of the user's own is a name too, so that it cannot stand for another
+        return re.sub(f"{_MARK.pattern}|{self._names.pattern}", self._mark, content)
+
+    def parts(self, rendered: str) -> list[tuple[str, bool]]:
+        """Pieces of the rendered text, and whether names of control tokens count in them."""
+        parts: list[tuple[str, bool]] = []
+        end = 0
+        for mark in _MARK.finditer(rendered):
+            if (number := _number(mark.group())) < len(self._hidden):
+                parts += [(rendered[end : mark.start()], True), (self._hidden[number], False)]
+                end = mark.end()
+        return [(text, special) for text, special in (*parts, (rendered[end:], True)) if text]
+
+    def _mark(self, name: "re.Match[str]") -> str:
+        self._hidden.append(name.group())
+        digits = "".join(chr(_DIGIT + int(d)) for d in str(len(self._hidden) - 1))
+        return f"\uf8f0{digits}\uf8f1"
+
+
+def _number(mark: str) -> int:
+    return int("".join(str(ord(char) - _DIGIT) for char in mark[1:-1]))

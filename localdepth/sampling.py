@@ -91,12 +91,12 @@ class Picked:
 def pick(
     logits: NDArray[np.float32], sampling: Sampling, *, position: int, recent: Sequence[int] = (), n_top: int = 0
 ) -> Picked:
-    """Pick the token that follows ``position``.
+    """Pick the token for ``position``.
 
     Args:
         logits: ``[n_vocab]``; ``-inf`` marks a token as impossible.
         sampling: the request's settings.
-        position: of the row these logits come from; with the seed it fixes the draw.
+        position: where the picked token will stand in its sequence; with the seed it fixes the draw.
         recent: ids the repeat penalty looks at.
         n_top: how many of the most likely tokens to report.
     Raises:

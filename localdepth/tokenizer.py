@@ -79,6 +79,11 @@ class Tokenizer:
             raise ModelFileError("the tokenizer adds a bos token but the file names none; export the model again")
         return cls(library, n_vocab=n_vocab, bos=bos, eos=eos, add_bos=add_bos)
 
+    @property
+    def control_names(self) -> tuple[str, ...]:
+        """Spellings of the control tokens, the longest first."""
+        return tuple(sorted(map(self.token, self._control), key=len, reverse=True))
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of ``text``, with ``bos`` before them if the model wants it and they lack it.
 
@@ -89,6 +94,16 @@ class Tokenizer:
         Raises:
             PromptError: when ``text`` is no Unicode text, or this tokenizer has no ids for it.
         """
+        return self.encode_parts([(text, special)])
+
+    def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> list[int]:
+        """Token ids of texts in a row, each with its own ``special``; otherwise as ``encode``."""
+        ids = [token_id for text, special in parts for token_id in self._encode(text, special)]
+        if self._add_bos and self.bos is not None and ids[:1] != [self.bos]:
+            return [self.bos, *ids]
+        return ids
+
+    def _encode(self, text: str, special: bool) -> list[int]:
         if not isinstance(text, str):
             raise PromptError(f"a text of type {type(text).__name__} cannot be encoded; pass a str")
         _check_unicode(text)
@@ -97,8 +112,6 @@ class Tokenizer:
             ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
         if not special:
             self._refuse_forged(text, ids)
-        if self._add_bos and self.bos is not None and ids[:1] != [self.bos]:
-            return [self.bos, *ids]
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from localdepth.engine.ggml.quantize import quantize
 from localdepth.engine.toy import random_weights
-from localdepth.gguf import Quant, TokenizerRecord
+from localdepth.gguf import TokenizerRecord
 from localdepth.model import Model, load
+from localdepth.quant import Quant
 from localdepth_export.gguf_writer import write
 from tests.published import EXPECTED
 

@@ -12,9 +12,10 @@ from localdepth.engine.base import F32, Engine, KvType, Limits
 from localdepth.engine.ggml.engine import GgmlEngine
 from localdepth.engine.ggml.quantize import quantize
 from localdepth.engine.toy import ToyEngine
-from localdepth.gguf import Quant, read
+from localdepth.gguf import read
 from localdepth.loop import forward
 from localdepth.policy.base import Decision
+from localdepth.quant import Quant
 from localdepth_export.gguf_writer import write
 from localdepth_train.reference import ReferenceModel
 from localdepth_train.reference_engine import ReferenceEngine

@@ -15,7 +15,7 @@ from localdepth.config import (
     RopeStyle,
     StateInit,
 )
-from localdepth.gguf import Quant
+from localdepth.quant import Quant
 
 __all__ = ["configs", "quants", "stored"]
 

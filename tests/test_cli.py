@@ -2,18 +2,24 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from localdepth.engine.ggml.quantize import quantize
+from localdepth.engine.toy import random_weights
 from localdepth.gguf import read
 from localdepth.model import load
-from tests.published import make_checkpoint
+from localdepth.quant import Quant
+from localdepth_export.gguf_writer import write
+from localdepth_train.families import FAMILIES
+from tests.conftest import ROOT
+from tests.published import EXPECTED, make_checkpoint
 
 
 def localdepth(*arguments: object, stdin: bytes | None = None, env: dict[str, str] | None = None) -> Any:
@@ -108,6 +114,32 @@ def test_errors_are_json_too(model_file: Path) -> None:
     assert one_line(done)["error"]["type"] == "DepthError"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_that_cannot_be_written_is_a_machine_error(model_file: Path) -> None:
+    command = f"{sys.executable} -m localdepth.cli ask 'the cat' --model {model_file} --max-tokens 4"
+    for redirection in ("> /dev/full", ">&-"):
+        done = subprocess.run(["bash", "-c", f"{command} {redirection}"], capture_output=True, text=True)
+        assert done.returncode == 3, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_any_locale_prints_any_text(model_file: Path) -> None:
+    for encoding in ("ascii", "cp1252"):
+        done = localdepth("ask", "日本", "-m", model_file, "--json", env={"PYTHONIOENCODING": encoding})
+        assert done.returncode == 0, done.stderr
+
+
+def test_text_from_a_file_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    config = EXPECTED["huginn"]
+    weights = random_weights(config, 0)
+    quants = dict.fromkeys(weights, Quant.F32)
+    stored = ((name, quantize(weights[name], Quant.F32)) for name in quants)
+    write(tmp_path / "m.gguf", config, quants, stored, provenance={"source": "\x1b]0;owned\x07\x9b2J"})
+    shown = localdepth("inspect", tmp_path / "m.gguf").stdout
+    assert "\\x1b]0;owned" in shown
+    assert not set(shown) & {"\x1b", "\x07", "\x9b"}
+
+
 def test_usage_errors_exit_with_two() -> None:
     assert localdepth("ask").returncode == 2
     assert localdepth("nothing").returncode == 2
@@ -137,11 +169,14 @@ def test_files_that_cannot_be_used_exit_with_two(tmp_path: Path, model_file: Pat
 
 
 def test_an_interrupted_answer_exits_with_130(model_file: Path) -> None:
-    arguments = ["ask", "-", "--model", str(model_file)]
+    arguments = ["ask", "the cat sat", "--model", str(model_file), "--depth", "64", "--engine", "toy"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "localdepth.cli", *arguments], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "localdepth.cli", *arguments, "--max-tokens", "50"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
-    time.sleep(2)  # it waits for the question
+    assert process.stdout is not None
+    process.stdout.read(1)  # the answer has begun
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130
@@ -199,17 +234,42 @@ def test_curve_measures_a_file_of_questions(model_file: Path, tmp_path: Path) ->
     record = one_line(done)
     assert record["by_steps"]["2"]["2"] == 1.0
     assert record["accuracy"]["2"] == 0.5
-    data.write_text('{"question": 1}')
-    done = localdepth("curve", "--model", model_file, "--data", data)
-    assert done.returncode == 2
-    assert "line 1" in done.stderr
+    for content, message in ((b'{"question": 1}', "line 1"), (b"\xff", "UTF-8"), (b"", "no questions")):
+        data.write_bytes(content)
+        done = localdepth("curve", "--model", model_file, "--data", data)
+        assert done.returncode == 2
+        assert message in done.stderr
+    assert localdepth("curve", "--model", model_file, "--data", tmp_path / "none.jsonl").returncode == 2
 
 
-def test_curve_asks_fresh_questions_of_every_family(model_file: Path) -> None:
-    arguments = ("curve", "--model", model_file, "--depths", "1", "--steps", "1", "--per-cell", "6")
-    done = localdepth(*arguments, "--json", "--seed", 5)
-    assert done.returncode == 2  # this model's context is too short for such questions
-    assert "n_ctx=64" in done.stderr
+def test_curve_asks_fresh_questions_of_every_family() -> None:
+    done = localdepth("curve", "--depths", "1,8", "--steps", "1,4", "--per-cell", "12", "--seed", 5, "--json")
+    record = one_line(done)
+    assert set(record["by_steps"]) == {"1", "4"}
+    assert set(record["by_family"]) == set(FAMILIES)
+    assert record["n"] == {"1": 12, "4": 12}
+    assert record["by_steps"]["4"]["8"] > record["by_steps"]["4"]["1"]
+    assert record["passes_to_90"]["4"] == 8
+    assert "0.0 % occur in training" in done.stderr
+    shown = localdepth("curve", "--depths", "1,8", "--steps", "1", "--per-cell", "6").stdout
+    assert "depth 8" in shown
+    refused = localdepth("curve", "--depths", "1,65")
+    assert refused.returncode == 2
+    assert "1..64" in refused.stderr
+
+
+def test_train_runs_a_recipe_and_goes_on(tmp_path: Path) -> None:
+    recipe = (ROOT / "export" / "localdepth_train" / "recipes" / "default.toml").read_text()
+    small = re.sub(r"^steps = \d+", "steps = 2", recipe, flags=re.MULTILINE)
+    small = re.sub(r"^(batch_size|micro_batches|threads) = \d+", r"\1 = 1", small, flags=re.MULTILINE)
+    small = re.sub(r"^(log_every|evaluate_questions) = \d+", r"\1 = 1", small, flags=re.MULTILINE)
+    (tmp_path / "recipe.toml").write_text(small)
+    done = localdepth("train", "run", tmp_path / "recipe.toml", "-o", tmp_path / "run", "--json")
+    assert one_line(done)["steps"] == 2, done.stderr
+    assert "step 1 of 2: loss" in done.stderr
+    assert localdepth("train", "run", tmp_path / "recipe.toml", "-o", tmp_path / "run").returncode == 0
+    (tmp_path / "recipe.toml").write_text(small + "\nspeed = 3")
+    assert localdepth("train", "run", tmp_path / "recipe.toml", "-o", tmp_path / "run").returncode == 2
 
 
 def test_doctor_answers_for_people_and_programs() -> None:

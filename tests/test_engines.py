@@ -1,5 +1,6 @@
 """The seam: every engine gives the same numbers over the whole space of models, and keeps its promises."""
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from localdepth.config import ModelConfig
 from localdepth.engine.base import Engine, KvType, Limits, initial_state
+from localdepth.engine.ggml.engine import GgmlEngine
 from localdepth.engine.toy import random_weights
 from localdepth.errors import ConfigError, ContextOverflow, DepthError, EngineError, PromptError
 from localdepth.loop import forward
@@ -132,6 +134,7 @@ def test_logits_are_memoised_until_the_pass_moves(kind: str, tmp_path: Path) -> 
     for r in range(3):
         engine.core([span])
         [last], [every] = engine.coda([span]), engine.coda([span], "all")
+        assert engine.coda([span])[0] is last
         np.testing.assert_allclose(every[-1:], last, atol=1e-6)
         np.testing.assert_allclose(every, engines.run(engine, IDS, [r + 1])[0], atol=ATOL)
         rows.append(last)
@@ -228,6 +231,38 @@ def test_threads_and_chunks_do_not_change_the_tokens(tmp_path: Path) -> None:
     for tokens, logits in results[1:]:
         assert tokens == results[0][0]
         np.testing.assert_allclose(logits, results[0][1], atol=ATOL)
+
+
+@BOTH
+def test_a_refused_pass_moves_no_span(kind: str, tmp_path: Path) -> None:
+    engine = engine_of(kind, tmp_path)
+    ids = np.array([1, 2], np.int32)
+    deep, shallow = engine.prelude([(engine.open(4), ids), (engine.open(1), ids)], [None, None])
+    engine.core([deep, shallow])
+    with pytest.raises(DepthError):
+        engine.core([deep, shallow])
+    assert (deep.r, shallow.r) == (1, 1)
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine.open(1)
+
+
+def test_a_closed_cache_is_not_reopened(tmp_path: Path) -> None:
+    engine = engine_of("ggml", tmp_path)
+    kv = engine.open(2)
+    kv.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine.prelude([(kv, np.array([1], np.int32))], [None])
+    engine.close()
+
+
+def test_an_engine_nobody_closed_frees_its_memory(tmp_path: Path) -> None:
+    engine = engine_of("ggml", tmp_path)
+    assert isinstance(engine, GgmlEngine)
+    finalizer = engine._finalizer
+    del engine
+    gc.collect()
+    assert not finalizer.alive
 
 
 def test_a_closed_engine_closes_its_caches_and_may_be_closed_again(tmp_path: Path) -> None:

@@ -8,19 +8,21 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from gguf import quants as gguf_quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
 
 from localdepth.engine.ggml.quantize import quantize
 from localdepth.engine.toy import random_weights
 from localdepth.errors import CheckpointError, ConfigError, StorageError
-from localdepth.gguf import CheckStatus, Quant, read
+from localdepth.gguf import Check, CheckStatus, read
 from localdepth.model import load
+from localdepth.quant import Quant
 from localdepth_export.convert import QUANTS, to_gguf
 from localdepth_export.verification import verify
 from localdepth_train.checkpoint import save
+from tests import engines
 from tests.conftest import TEMPLATE, tokenizer_json
 from tests.published import EXPECTED, make_checkpoint, weights_of
 
@@ -55,11 +57,9 @@ def test_quantised_bytes_are_those_of_the_gguf_package(
     np.testing.assert_array_equal(quantize(array, quant), expected.reshape(-1).view(np.uint8))
 
 
-def test_values_and_rows_a_quant_cannot_hold_are_refused() -> None:
+def test_rows_a_quant_cannot_hold_are_refused() -> None:
     with pytest.raises(ConfigError, match="blocks of 32"):
         quantize(np.ones((2, 31), np.float32), Quant.Q8_0)
-    with pytest.raises(ConfigError, match="not finite"):
-        quantize(np.full((2, 32), np.nan, np.float32), Quant.Q8_0)
 
 
 def test_tensors_that_cannot_hold_the_quant_fall_back_and_are_listed(tmp_path: Path) -> None:
@@ -75,13 +75,19 @@ def test_tensors_that_cannot_hold_the_quant_fall_back_and_are_listed(tmp_path: P
         assert len(model.generate([1, 2, 3], max_tokens=3).tokens) == 3
 
 
-def test_values_too_large_for_f16_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / "c", "huginn")
-    tensors = load_file(tmp_path / "c" / "model.safetensors")
-    tensors["transformer.wte.weight"][3, 3] = 1e5
-    save_file(tensors, tmp_path / "c" / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"token_embd\.weight .* 65504.*BF16"):
-        to_gguf(tmp_path / "c", tmp_path / "m.gguf", quant="F16")
+@pytest.mark.parametrize(("quant", "value"), [("F16", 1e5), ("Q8_0", 1e8), ("BF16", 3.4e38)])
+def test_values_too_large_for_a_quant_are_refused_and_nothing_is_left(quant: str, value: float, tmp_path: Path) -> None:
+    config, weights = weights_of("retrofit_llama")
+    config = replace(config, n_embd=64, head_dim=16)
+    weights = random_weights(config, 0)
+    weights["token_embd.weight"][3, 3] = value
+    save(tmp_path / "c", config, weights)
+    with pytest.raises(ConfigError, match=rf"token_embd\.weight .* the largest {quant}; export as F32"):
+        to_gguf(tmp_path / "c", tmp_path / "m.gguf", quant=quant)
+    weights["token_embd.weight"][3, 3] = np.nan
+    save(tmp_path / "c", config, weights)
+    with pytest.raises(CheckpointError, match=r"token_embd\.weight .* not finite"):
+        to_gguf(tmp_path / "c", tmp_path / "m.gguf", quant=quant)
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
@@ -139,7 +145,7 @@ def test_verification_is_written_into_the_file(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "c", "retrofit_olmo2")
     to_gguf(checkpoint, tmp_path / "m.gguf", quant="F32")
     with read(tmp_path / "m.gguf") as file:
-        assert file.check is None
+        assert file.check == Check(CheckStatus.UNVERIFIED)
     report = verify(tmp_path / "m.gguf", checkpoint, depths=(1, 2, 8))
     assert report.passed
     assert max(report.check.max_abs) < 1e-4
@@ -160,6 +166,62 @@ def test_every_quant_stays_within_its_bound(quant: Quant, tmp_path: Path) -> Non
     assert (max(report.check.max_abs) < 1e-4) == (quant is Quant.F32)
 
 
+@pytest.mark.parametrize("quant", QUANTS)
+def test_one_wrong_tensor_fails_the_verification_and_is_named(quant: Quant, tmp_path: Path) -> None:
+    config = replace(EXPECTED["retrofit_llama"], n_embd=64, head_dim=16, n_ff=96)
+    weights = random_weights(config, 1)
+    checkpoint = save(tmp_path / "c", config, weights)
+    weights["coda.0.attn_q.weight"] = weights["coda.0.attn_q.weight"][::-1].copy()
+    to_gguf(save(tmp_path / "wrong", config, weights), tmp_path / "m.gguf", quant=quant)
+    report = verify(tmp_path / "m.gguf", checkpoint, depths=(1,))
+    assert (report.passed, report.wrong_tensors) == (False, ("coda.0.attn_q.weight",))
+    with read(tmp_path / "m.gguf") as file:
+        assert file.check is not None
+        assert file.check.status is CheckStatus.FAILED
+
+
+def test_logits_that_are_not_finite_fail_the_verification(tmp_path: Path) -> None:
+    config = EXPECTED["retrofit_llama"]
+    weights = random_weights(config, 1)
+    for name in ("core.0.ffn_gate.weight", "core.0.ffn_up.weight"):
+        weights[name] *= np.float32(1e30)  # their product overflows
+    checkpoint = save(tmp_path / "c", config, weights)
+    to_gguf(checkpoint, tmp_path / "m.gguf", quant="F32")
+    report = verify(tmp_path / "m.gguf", checkpoint, depths=(1, 2))
+    assert not np.isfinite(report.check.max_abs).any()
+    assert not report.passed
+
+
+def test_quants_that_are_not_judged_and_no_depths_are_refused(tmp_path: Path) -> None:
+    config = replace(EXPECTED["retrofit_llama"], n_embd=64, head_dim=16, n_ff=96)
+    weights = random_weights(config, 1)
+    checkpoint = save(tmp_path / "c", config, weights)
+    file = engines.write_model(tmp_path / "m.gguf", config, weights, Quant.Q4_0)
+    with pytest.raises(ConfigError, match="cannot judge Q4_0"):
+        verify(file, checkpoint)
+    with pytest.raises(ConfigError, match="no depths"):
+        verify(file, checkpoint, depths=())
+
+
+def test_a_start_token_that_the_tokenizer_adds_itself_is_kept(tmp_path: Path) -> None:
+    rules = json.loads(tokenizer_json())
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<bos>": {"id": "<bos>", "ids": [0], "tokens": ["<bos>"]}},
+    }
+    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    for processor in (template, {"type": "Sequence", "processors": [byte_level, template]}):
+        rules["post_processor"] = processor
+        files = {"tokenizer.json": json.dumps(rules), "tokenizer_config.json": {"bos_token": "<bos>"}}
+        to_gguf(with_tokenizer(tmp_path / "c", **files), tmp_path / "m.gguf")
+        with load(tmp_path / "m.gguf") as model:
+            expected = tokenizers.Tokenizer.from_str(json.dumps(rules)).encode("the cat").ids
+            assert model.tokenize("the cat") == expected
+            assert expected[0] == 0
+
+
 def test_a_file_of_another_model_is_not_compared(tmp_path: Path) -> None:
     to_gguf(make_checkpoint(tmp_path / "a", "retrofit_llama"), tmp_path / "m.gguf", quant="F32")
     other = make_checkpoint(tmp_path / "b", "retrofit_llama3")
@@ -170,7 +232,9 @@ def test_a_file_of_another_model_is_not_compared(tmp_path: Path) -> None:
 
 
 def test_real_looped_weights_of_the_published_layouts_export(fixtures: Path, tmp_path: Path) -> None:
-    for folder in sorted(path.parent for path in (fixtures / "parity").glob("*/config_save_pretrained.json")):
+    folders = sorted(path.parent for path in (fixtures / "parity").glob("*/config_save_pretrained.json"))
+    assert len(folders) >= 5
+    for folder in folders:
         to_gguf(folder, tmp_path / "m.gguf", quant="F32")
         expected = np.load(folder / "expected.npz")
         with load(tmp_path / "m.gguf", kv_type="f32", n_ctx=32) as model:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from localdepth.config import ModelConfig
 from localdepth.errors import ConfigError, ModelFileError, StorageError
-from localdepth.gguf import ARCHITECTURE, Check, CheckStatus, Key, Quant, TokenizerRecord, read
+from localdepth.gguf import ARCHITECTURE, Check, CheckStatus, Key, TokenizerRecord, read
+from localdepth.quant import Quant
 from localdepth_export.gguf_writer import write, write_check
 from tests.strategies import configs, quants, stored
 
@@ -313,5 +314,5 @@ def test_text_that_is_not_unicode_is_refused(tmp_path: Path) -> None:
 def test_a_check_compares_at_each_of_its_depths() -> None:
     with pytest.raises(ConfigError, match="each of the depths"):
         Check(CheckStatus.VERIFIED, depths=(1, 2), max_abs=(0.0,), kl=(0.0, 0.0), top1=(1.0, 1.0))
-    with pytest.raises(ConfigError, match="without a depth"):
+    with pytest.raises(ConfigError, match="with 0 depths"):
         Check(CheckStatus.VERIFIED)

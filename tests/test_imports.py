@@ -21,7 +21,7 @@ PACKAGES = {
 RANKS = [
     {"errors"},
     {"config", "console"},
-    {"slots", "gguf_container", "sampling", "tokenizer", "chat", "policy"},
+    {"slots", "gguf_container", "quant", "sampling", "tokenizer", "chat", "policy"},
     {"gguf"},
     {"prompt"},
     {"engine"},

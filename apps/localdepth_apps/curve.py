@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from localdepth.errors import RequestError, StorageError
+from localdepth.errors import RequestError
 from localdepth.model import Model
 
 __all__ = ["Asked", "Cell", "Curve", "Item", "is_same_answer", "measure", "read_questions"]
@@ -103,7 +103,7 @@ def measure(
         is_right: judges an answer.
         on_answer: called after each, for progress.
     Raises:
-        DepthError: a depth outside the range.
+        DepthError: a depth outside the range, before anything is asked.
         ContextOverflow: a question longer than the context.
     """
     for depth in depths:
@@ -112,7 +112,7 @@ def measure(
     for depth in depths:
         began = time.perf_counter()
         for question in questions:
-            right = is_right(question, model.generate(question.text, depth=depth, max_tokens=_MAX_TOKENS).text)
+            right = is_right(question, model.answer_at(question.text, depth=depth, max_tokens=_MAX_TOKENS).text)
             for cell in (
                 curve.total.setdefault(depth, Cell()),
                 curve.by_steps.setdefault(question.steps, {}).setdefault(depth, Cell()),
@@ -129,13 +129,12 @@ def read_questions(path: str | os.PathLike[str]) -> list[Asked]:
     """Questions of a JSONL file: ``{"question": …, "answer": …, "family": …, "steps": …}``, the last two optional.
 
     Raises:
-        StorageError: the file cannot be read.
-        RequestError: a line that is no such record, with its number.
+        RequestError: the file cannot be read, or a line is no such record, with its number.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise StorageError(f"cannot read {path}: {error}") from error
+        raise RequestError(f"cannot read {path}: {error}; pass a JSONL file in UTF-8") from error
     questions = [_parse(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not questions:
         raise RequestError(f"{path} holds no questions; write one JSON object a line")

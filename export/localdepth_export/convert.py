@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localdepth.engine.ggml.quantize import quantize
-from localdepth.errors import ConfigError
-from localdepth.gguf import Quant
+from localdepth.errors import CheckpointError, ConfigError
+from localdepth.gguf import Check, CheckStatus
+from localdepth.quant import Quant
 from localdepth_export.gguf_writer import write
 from localdepth_export.tokenizer_record import read_license, read_tokenizer
 from localdepth_train.checkpoint import Checkpoint
@@ -21,6 +22,13 @@ __all__ = ["QUANTS", "Export", "to_gguf"]
 QUANTS = (Quant.F32, Quant.F16, Quant.BF16, Quant.Q8_0)
 _FALLBACK = {Quant.Q8_0: Quant.F16}  # where a shape cannot hold the blocks
 _F16_MAX = float(np.finfo(np.float16).max)
+# Largest magnitude each quant can hold; Q8_0 stores 127 steps of a float16 scale.
+_LARGEST = {
+    Quant.F32: float(np.finfo(np.float32).max),
+    Quant.F16: _F16_MAX,
+    Quant.BF16: (2 - 2**-7) * 2.0**127,
+    Quant.Q8_0: 127 * _F16_MAX,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +62,7 @@ def to_gguf(
         quant: one of F32, F16, BF16, Q8_0, in any case.
     Raises:
         ConfigError: unknown quant, or values the quant cannot hold.
-        CheckpointError: the directory cannot be used.
+        CheckpointError: the directory cannot be used, or holds values that are not finite.
         StorageError: the file cannot be written.
     """
     quant = _parse(quant)
@@ -75,7 +83,15 @@ def to_gguf(
         }
         if license_name := read_license(source):
             provenance["license"] = license_name
-        write(out, source.config, quants, _encoded(source, quants), tokenizer=tokenizer, provenance=provenance)
+        write(
+            out,
+            source.config,
+            quants,
+            _encoded(source, quants),
+            tokenizer=tokenizer,
+            provenance=provenance,
+            check=Check(CheckStatus.UNVERIFIED),
+        )
         return Export(
             path=Path(out),
             kind=source.kind,
@@ -88,7 +104,7 @@ def to_gguf(
 
 
 def _parse(quant: str) -> Quant:
-    name = quant.upper()
+    name = quant.upper() if isinstance(quant, str) else quant
     if name not in QUANTS:
         raise ConfigError(f"quant={quant!r} is not one of {', '.join(QUANTS)}")
     return Quant(name)
@@ -105,6 +121,9 @@ def _choose(shape: tuple[int, ...], quant: Quant) -> Quant:
 def _encoded(source: Checkpoint, quants: dict[str, Quant]) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     for name, quant in quants.items():
         array = source.read(name)
-        if quant is Quant.F16 and float(np.abs(array).max()) > _F16_MAX:
-            raise ConfigError(f"{name} has values beyond {_F16_MAX:.0f}, the largest F16; export as BF16 or F32")
+        largest = float(np.abs(array).max())
+        if not np.isfinite(largest):
+            raise CheckpointError(f"{name} in {source.path} has values that are not finite; download it again")
+        if largest > _LARGEST[quant]:
+            raise ConfigError(f"{name} has values beyond {_LARGEST[quant]:.6g}, the largest {quant}; export as F32")
         yield name, quantize(array, quant)

@@ -33,11 +33,11 @@ from localdepth.gguf import (
     Check,
     Key,
     Provenance,
-    Quant,
     TokenizerRecord,
     read,
 )
 from localdepth.gguf_container import Header, map_file, read_header, read_tensors
+from localdepth.quant import Quant
 
 __all__ = ["write", "write_check"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from localdepth.chat import ChatTemplate
 from localdepth.errors import CheckpointError
 from localdepth.gguf import TokenizerRecord
-from localdepth.tokenizer import Tokenizer
+from localdepth.prompt import build_tokenizer
 from localdepth_train.checkpoint import Checkpoint
 
 __all__ = ["read_license", "read_tokenizer"]
@@ -25,7 +25,8 @@ def read_tokenizer(checkpoint: Checkpoint) -> TokenizerRecord | None:
     if text is None:
         return None
     settings, generation = _json(checkpoint, "tokenizer_config.json"), _json(checkpoint, "generation_config.json")
-    ids = _special_ids(_parse(checkpoint, "tokenizer.json", text))
+    rules = _parse(checkpoint, "tokenizer.json", text)
+    ids = _special_ids(rules)
     bos = _first(_ids(generation.get("bos_token_id")), _named(settings.get("bos_token"), ids))
     eos = tuple(dict.fromkeys((*_ids(generation.get("eos_token_id")), *_named(settings.get("eos_token"), ids))))
     template = checkpoint.text("chat_template.jinja") or _template(settings)
@@ -33,12 +34,10 @@ def read_tokenizer(checkpoint: Checkpoint) -> TokenizerRecord | None:
         json=text,
         bos=bos,
         eos=eos,
-        add_bos=bool(settings.get("add_bos_token", False)) and bos is not None,
+        add_bos=bos is not None and bool(settings.get("add_bos_token", _begins_with_bos(rules, bos))),
         chat_template=template,
     )
-    Tokenizer.from_json(
-        record.json, n_vocab=checkpoint.config.n_vocab, bos=record.bos, eos=record.eos, add_bos=record.add_bos
-    )
+    build_tokenizer(record, checkpoint.config.n_vocab)
     if template is not None:
         ChatTemplate(template)
     return record
@@ -74,6 +73,19 @@ def _special_ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
         for token in added
         if isinstance(token, dict) and isinstance(token.get("content"), str) and isinstance(token.get("id"), int)
     }
+
+
+def _begins_with_bos(rules: Mapping[str, Any], bos: int) -> bool:
+    """Whether the tokenizer's own post-processor puts ``bos`` before a text, as that of Llama 3 does."""
+    processor = rules.get("post_processor") or {}
+    steps = processor.get("processors", [processor]) if isinstance(processor, dict) else []
+    for step in (step for step in steps if isinstance(step, dict) and step.get("type") == "TemplateProcessing"):
+        first = (step.get("single") or [{}])[0]
+        name = first.get("SpecialToken", {}).get("id") if isinstance(first, dict) else None
+        special = step.get("special_tokens") or {}
+        if name in special and bos in _ids(special[name].get("ids")):
+            return True
+    return False
 
 
 def _named(token: Any, ids: Mapping[str, int]) -> tuple[int, ...]:

@@ -4,7 +4,8 @@ The reference runs in torch, which is imported only here.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +15,12 @@ from localdepth.config import ModelConfig
 from localdepth.engine.base import F32, Engine, Ids, KvType, Limits
 from localdepth.engine.ggml.engine import GgmlEngine
 from localdepth.errors import ConfigError, MissingExtra
-from localdepth.gguf import Check, CheckStatus, Quant, TokenizerRecord, read
+from localdepth.gguf import Check, CheckStatus, GgufFile, TokenizerRecord, read
 from localdepth.loop import forward
+from localdepth.model import default_threads
 from localdepth.policy.base import Decision
-from localdepth.tokenizer import Tokenizer
+from localdepth.prompt import build_tokenizer
+from localdepth.quant import Quant
 from localdepth_export.gguf_writer import write_check
 from localdepth_train.checkpoint import Checkpoint
 
@@ -32,22 +35,26 @@ class Bound:
     """What a quant may differ from the reference.
 
     Attributes:
+        step: largest error of a stored number, as a share of the largest in its block.
         max_abs: largest logit difference, in standard deviations of the logits where those exceed one.
         kl: mean KL divergence in nats.
     """
 
+    step: float
     max_abs: float
     kl: float
 
 
-# Float32 is limited by the order of additions. How far the others move single logits depends on the weights and on
-# how deep they loop, so their bounds only tell rounding from a wrong conversion, which costs a nat and more.
+# The stored numbers are judged strictly: half a rounding step, and for Q8_0 the rounding of its float16 scale.
+# Float32 logits are limited by the order of additions. How far rounding moves the others depends on the weights and on
+# how deep they loop, so only their divergence is bounded, loosely.
 BOUNDS = {
-    Quant.F32: Bound(1e-4, 1e-6),
-    Quant.F16: Bound(np.inf, 1e-2),
-    Quant.BF16: Bound(np.inf, 1e-1),
-    Quant.Q8_0: Bound(np.inf, 1e-1),
+    Quant.F32: Bound(0.0, 1e-4, 1e-6),
+    Quant.F16: Bound(2**-11, np.inf, 1e-2),
+    Quant.BF16: Bound(2**-8, np.inf, 1e-1),
+    Quant.Q8_0: Bound(0.5 / 127 + 2**-11, np.inf, 1e-1),
 }
+_TINY = 2.0**-24  # half the smallest float16; smaller numbers may vanish
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +63,13 @@ class Report:
 
     Attributes:
         check: differences by depth, as written into the file.
-        bound: what was allowed for the file's coarsest quant.
+        wrong_tensors: tensors whose stored numbers are not those of the checkpoint, rounded.
+        quant: the coarsest in the file, which sets the bound.
         text_source: where the compared tokens come from.
     """
 
     check: Check
+    wrong_tensors: tuple[str, ...]
     quant: Quant
     bound: Bound
     n_tokens: int
@@ -68,7 +77,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """True when every depth stays within the bound."""
+        """True when every tensor is right and every depth stays within the bound."""
         return self.check.status is CheckStatus.VERIFIED
 
 
@@ -80,46 +89,55 @@ def verify(
     text: str | None = None,
     record: bool = True,
 ) -> Report:
-    """Run ``file`` with the ggml engine and ``checkpoint`` with the reference on the same tokens.
+    """Compare stored numbers one by one, then run ``file`` with ggml and ``checkpoint`` with the reference.
 
     Args:
         depths: passes to compare, each within the measuring range of the model.
         text: what to run, for files with a tokenizer; None draws tokens at random from a fixed seed.
         record: write the result into the file.
     Raises:
-        ConfigError: file and checkpoint are different models, or there is no tokenizer for ``text``.
+        ConfigError: file and checkpoint are different models, the file has a quant that is not judged here, no depth
+            is given, or there is no tokenizer for ``text``.
         DepthError: a depth outside the range.
         MissingExtra: torch is not installed.
     """
     try:
         from localdepth_train.reference_engine import ReferenceEngine
     except ModuleNotFoundError as error:
-        raise MissingExtra(
-            'verifying needs the torch reference; install it: pip install "localdepth[train]"'
-        ) from error
-    with read(file) as model, Checkpoint(checkpoint) as source:
+        raise MissingExtra('verifying needs torch; install it: pip install "localdepth[train]"') from error
+    if not depths:
+        raise ConfigError("no depths to compare; pass at least one")
+    with read(file) as model, Checkpoint(checkpoint) as source, ExitStack() as stack:
         _same_model(model.config, source.config, file, checkpoint)
         for depth in depths:
             model.config.check_depth(depth, measure=True)
+        quant = _coarsest({info.quant for info in model.tensors.values()})
+        wrong = tuple(name for name, info in model.tensors.items() if not _is_stored(model, source, name, info.quant))
         ids = _tokens(model.config, text, model.tokenizer)
-        quant = _coarsest([info.quant for info in model.tensors.values()])
-        limits = Limits(n_ctx=len(ids), kv_depth=max(depths), kv_type=KvType.F32)
+        limits = Limits(n_ctx=len(ids), kv_depth=max(depths), kv_type=KvType.F32, n_threads=default_threads())
         engine = GgmlEngine(model, limits)
+        stack.callback(engine.close)
         reference = ReferenceEngine.from_checkpoint(source, n_ctx=len(ids))
-    try:
         expected = [_logits(reference, ids, depth) for depth in depths]
         rows = [_compare(_logits(engine, ids, depth), e) for depth, e in zip(depths, expected, strict=True)]
-    finally:
-        engine.close()
     max_abs, kl, top1 = (tuple(column) for column in zip(*rows, strict=True))
     bound = BOUNDS[quant]
     scale = max(1.0, *(float(logits.std()) for logits in expected))
-    good = max(max_abs) <= bound.max_abs * scale and max(kl) <= bound.kl
-    status = CheckStatus.VERIFIED if good else CheckStatus.UNVERIFIED
-    check = Check(status, tuple(depths), max_abs, kl, top1)
+    # NaN fails every comparison, and so the check
+    good = not wrong and all(a <= bound.max_abs * scale and k <= bound.kl for a, k, _ in rows)
+    check = Check(CheckStatus.VERIFIED if good else CheckStatus.FAILED, tuple(depths), max_abs, kl, top1)
     if record:
         write_check(file, check)
-    return Report(check, quant, bound, len(ids), "the given text" if text else "random tokens, seed 0")
+    return Report(check, wrong, quant, bound, len(ids), "the given text" if text else "random tokens, seed 0")
+
+
+def _is_stored(model: GgufFile, source: Checkpoint, name: str, quant: Quant) -> bool:
+    """Whether a tensor of the file is the checkpoint's, rounded to its quant."""
+    expected = source.read(name).reshape(-1, quant.block)
+    error = np.abs(model.array(name).reshape(-1, quant.block) - expected).max(axis=1)
+    step = BOUNDS[quant].step
+    limit = step * np.abs(expected).max(axis=1) + (_TINY if step else 0.0)
+    return bool((error <= limit).all())
 
 
 def _same_model(ours: ModelConfig, theirs: ModelConfig, file: object, checkpoint: object) -> None:
@@ -135,14 +153,13 @@ def _tokens(config: ModelConfig, text: str | None, record: TokenizerRecord | Non
         return rng.integers(0, config.n_vocab, min(_N_TOKENS, limit), dtype=np.int32)
     if record is None:
         raise ConfigError("the file has no tokenizer, so it cannot be verified on a text; leave the text out")
-    tokenizer = Tokenizer.from_json(
-        record.json, n_vocab=config.n_vocab, bos=record.bos, eos=record.eos, add_bos=record.add_bos
-    )
-    return np.array(tokenizer.encode(text)[:limit], np.int32)
+    return np.array(build_tokenizer(record, config.n_vocab).encode(text)[:limit], np.int32)
 
 
-def _coarsest(quants: Sequence[Quant]) -> Quant:
-    return max(quants, key=lambda quant: list(BOUNDS).index(quant))
+def _coarsest(quants: Set[Quant]) -> Quant:
+    if unknown := sorted(quants - set(BOUNDS)):
+        raise ConfigError(f"this version cannot judge {', '.join(unknown)}; it verifies {', '.join(BOUNDS)}")
+    return max(quants, key=list(BOUNDS).index)
 
 
 def _logits(engine: Engine, ids: Ids, depth: int) -> F32:

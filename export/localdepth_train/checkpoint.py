@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 
 from localdepth.config import ModelConfig
 from localdepth.errors import CheckpointError, ConfigError, StorageError
-from localdepth_train.layouts import recognise, some
+from localdepth_train.layouts import FORMAT_VERSION, recognise, some
 
 __all__ = ["Checkpoint", "save"]
 
@@ -76,11 +76,6 @@ class Checkpoint:
     def close(self) -> None:
         """Release the files; safe to call twice."""
         self._stack.close()
-
-    @property
-    def dtypes(self) -> set[str]:
-        """Stored element types, in safetensors' words: F32, F16, BF16."""
-        return {str(self._slice(part.name).get_dtype()) for part in self._layout.parts.values()}
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """One tensor under our name, widened to float32 (exact for f16 and bf16), C-contiguous."""
@@ -205,7 +200,7 @@ def save(
         wrong = sorted(name for name in set(got) | set(expected) if got.get(name) != expected.get(name))
         raise ConfigError(f"tensors do not fit the config: {some(wrong)}")
     folder = Path(path)
-    record = {"model_type": "localdepth", "format_version": 1, **config.to_dict()}
+    record = {"model_type": "localdepth", "format_version": FORMAT_VERSION, **config.to_dict()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from localdepth.config import (
     MEASURE_DEPTH,
+    PLAIN_MODELS,
     Injection,
     ModelConfig,
     NormPlacement,
@@ -22,13 +23,14 @@ from localdepth.config import (
     RopeScaling,
     RopeStyle,
     StateInit,
+    plain_model,
 )
 from localdepth.errors import CheckpointError, ConfigError
 
-__all__ = ["Layout", "Part", "published_parts", "recognise", "some"]
+__all__ = ["FORMAT_VERSION", "Layout", "Part", "published_parts", "recognise", "some"]
 
+FORMAT_VERSION = 1  # of our own layout
 _STAGE_NAMES = {"prelude": "prelude", "core": "core_block", "coda": "coda"}
-_PLAIN = ("llama", "mistral", "olmo2", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 
 # Norms are numbered in order of use, so their meaning depends on where a block normalises.
 _NORMS = {
@@ -37,8 +39,8 @@ _NORMS = {
     NormPlacement.ON_SUM: ("attn_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm"),
 }
 _INJECTIONS = {"linear": Injection.CONCAT_LINEAR, "add": Injection.ADD}
-# Tensors that published files carry along and never use.
-_HUGINN_JUNK = re.compile(r"^freqs_cis$")
+# Tensors that published files carry along and never use; a tied head may be stored again.
+_HUGINN_JUNK = re.compile(r"^freqs_cis$|^lm_head\.weight$")
 _RETROFIT_JUNK = re.compile(r"^freqs_cis$|\.norm_[34]\.weight$|\.attn\.Wqkv\.bias$")
 _NO_JUNK = re.compile(r"(?!)")
 
@@ -129,7 +131,7 @@ def recognise(record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
         raise CheckpointError(_foreign(kind, path))
     wanted = {part.name for part in parts.values()}
     missing = sorted(wanted - set(shapes))
-    extra = sorted(name for name in set(shapes) - wanted if not junk.search(name) and name != "lm_head.weight")
+    extra = sorted(name for name in set(shapes) - wanted if not junk.search(name))
     if missing or extra:
         raise CheckpointError(
             f"the tensors in {path} are not those of a {label} model: missing {some(missing)}; unknown {some(extra)}"
@@ -138,6 +140,11 @@ def recognise(record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
 
 
 def _own_config(record: Mapping[str, Any], path: Path) -> ModelConfig:
+    if record.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path / 'config.json'} has format_version {record.get('format_version')!r}; this version reads "
+            f"{FORMAT_VERSION}, update localdepth"
+        )
     fields = {key: value for key, value in record.items() if key not in ("model_type", "format_version")}
     try:
         return ModelConfig.from_dict(fields)
@@ -253,11 +260,8 @@ def _int(record: Mapping[str, Any], key: str) -> int:
 
 
 def _foreign(kind: Any, path: Path) -> str:
-    if kind in _PLAIN:
-        return (
-            f"{path} holds a plain {kind} model without a loop; make it a recurrent-depth model first: "
-            f"localdepth retrofit {path} -o OUT"
-        )
+    if isinstance(kind, str) and kind.startswith(PLAIN_MODELS):
+        return f"{path} holds a {plain_model(kind, 'it')}"
     return f'{path} has model_type {kind!r}; we read "huginn_raven" (Huginn, retrofits) and "localdepth"'
 
 

@@ -19,7 +19,7 @@ from localdepth.errors import ConfigError
 from localdepth_train.families import FAMILIES, Family, Step
 
 __all__ = [
-    "EXTRAPOLATED_STEPS",
+    "EVALUATED_STEPS",
     "TRAINED_STEPS",
     "Question",
     "Split",
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 TRAINED_STEPS = 8
-EXTRAPOLATED_STEPS = (9, 10)  # never trained
+EVALUATED_STEPS = range(1, 11)  # 9 and 10 are never trained
 _HELD_OUT_ONE_IN = 5
 _PATIENCE = 64  # refused steps after which a walk starts over
 
@@ -142,7 +142,7 @@ def _assemble(family: Family, opening: str, state: int, taken: Sequence[Step], c
 
 
 def evaluation(
-    seed: int, per_cell: int, families: Iterable[str] = tuple(FAMILIES), steps: Iterable[int] = range(1, 11)
+    seed: int, per_cell: int, families: Iterable[str] = tuple(FAMILIES), steps: Iterable[int] = EVALUATED_STEPS
 ) -> list[Question]:
     """Fresh held-out questions, ``per_cell`` for every family and number of steps; 9 and 10 are extrapolation."""
     cells = [(family, n) for family in families for n in steps]

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,11 +52,18 @@ class Report:
     checkpoint: Path | None
 
 
-def train(recipe: Recipe, folder: str | os.PathLike[str], *, until: int | None = None) -> Report:
+def train(
+    recipe: Recipe,
+    folder: str | os.PathLike[str],
+    *,
+    until: int | None = None,
+    on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
+) -> Report:
     """Run ``recipe`` in ``folder``, going on from what a stopped run left there.
 
     Args:
         until: stop after this step with everything saved; None runs to the recipe's end.
+        on_record: sees every record of the log as it is written, for progress.
     Raises:
         TrainError: when the folder belongs to another recipe, or the loss is no longer a number.
         StorageError: when the folder cannot be written.
@@ -73,9 +80,12 @@ def train(recipe: Recipe, folder: str | os.PathLike[str], *, until: int | None =
         step, loss = trainer.step, record["loss"]
         if step % recipe.log_every == 0:
             run.log(record)
+            on_record(record)
         if step % recipe.evaluate_every == 0 or step == recipe.steps:
             accuracy = trainer.evaluate()
-            run.log({"step": step, **_summary(accuracy)})
+            summary = {"step": step, **_summary(accuracy)}
+            run.log(summary)
+            on_record(summary)
         if step % recipe.save_every == 0 or step == last:
             run.write_state(trainer.state())
     done = trainer.step == recipe.steps

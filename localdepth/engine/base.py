@@ -15,8 +15,21 @@ import numpy.typing as npt
 
 from localdepth.config import ModelConfig, StateInit
 from localdepth.errors import ConfigError, ContextOverflow, DepthError, PromptError
+from localdepth.slots import n_planes
 
-__all__ = ["F32", "Engine", "Ids", "Kv", "KvType", "Limits", "Rows", "Span", "check_span", "initial_state"]
+__all__ = [
+    "F32",
+    "Engine",
+    "Ids",
+    "Kv",
+    "KvType",
+    "Limits",
+    "Rows",
+    "Span",
+    "check_open",
+    "check_span",
+    "initial_state",
+]
 
 F32 = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
@@ -170,6 +183,17 @@ def check_open(limits: Limits, max_depth: int) -> None:
             f"depth={max_depth} is beyond kv_depth={limits.kv_depth}, the deepest this model was loaded for; "
             f"ask for less, or load it with kv_depth={max_depth}"
         )
+
+
+def check_pass(r: int, max_depth: int) -> None:
+    """Refuse pass ``r`` of a cache that was opened for fewer."""
+    if r >= max_depth:
+        raise DepthError(f"pass {r + 1} is beyond depth {max_depth}, which this cache was opened for")
+
+
+def n_slots(config: ModelConfig, depth: int, ring: int | None) -> int:
+    """K/V planes of all layers when ``depth`` passes run."""
+    return config.n_prelude + config.n_coda + config.n_core * n_planes(depth, ring)
 
 
 def initial_state(config: ModelConfig, start: int, n: int, seed: int | None) -> F32 | None:

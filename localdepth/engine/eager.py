@@ -11,9 +11,9 @@ from typing import cast
 import numpy as np
 
 from localdepth.config import ModelConfig
-from localdepth.engine.base import F32, Ids, Kv, KvType, Limits, Rows, Span, check_open, check_span
-from localdepth.errors import DepthError
-from localdepth.slots import n_planes, plane, visible
+from localdepth.engine.base import F32, Ids, Kv, KvType, Limits, Rows, Span, check_open, check_pass, check_span, n_slots
+from localdepth.errors import EngineError
+from localdepth.slots import plane, visible
 
 __all__ = ["Attend", "EagerEngine", "EagerKv", "EagerSpan"]
 
@@ -68,6 +68,7 @@ class EagerSpan:
         self._embeds = embeds
         self._states = state, state  # s_{r-1}, s_r
         self.coda: F32 | None = None  # the coda's output at r
+        self.last_logits: F32 | None = None  # at r
 
     @property
     def change(self) -> float:
@@ -87,7 +88,7 @@ class EagerSpan:
         """Enter pass r + 1 with its state."""
         self._states = self._states[1], state
         self.r += 1
-        self.coda = None
+        self.coda = self.last_logits = None
 
 
 class EagerEngine(ABC):
@@ -95,6 +96,7 @@ class EagerEngine(ABC):
 
     def __init__(self, config: ModelConfig, limits: Limits) -> None:
         self.config, self.limits = config, limits
+        self._closed = False
 
     @abstractmethod
     def embed(self, ids: Ids) -> F32:
@@ -117,37 +119,42 @@ class EagerEngine(ABC):
         """Logits, [n, n_vocab]."""
 
     def kv_bytes(self, depth: int, n_ctx: int) -> int:
-        config = self.config
-        n_slots = config.n_prelude + config.n_coda + config.n_core * n_planes(depth, self.limits.ring)
-        return n_slots * 2 * config.n_embd_kv * n_ctx * 4
+        return n_slots(self.config, depth, self.limits.ring) * 2 * self.config.n_embd_kv * n_ctx * 4
 
     def open(self, max_depth: int) -> EagerKv:
+        self._check_alive()
         check_open(self.limits, max_depth)
         return EagerKv(self, max_depth)
 
     def prelude(self, work: Sequence[tuple[Kv, Ids]], states: Sequence[F32 | None]) -> list[Span]:
+        self._check_alive()
+        for (kv, ids), state in zip(work, states, strict=True):
+            check_span(self.config, self.limits, kv.n, ids, state)
         return [self._open_span(cast(EagerKv, kv), ids, state) for (kv, ids), state in zip(work, states, strict=True)]
 
     def _open_span(self, kv: EagerKv, ids: Ids, state: F32 | None) -> Span:
         assert kv.span is None, "a Kv carries one open span"
-        check_span(self.config, self.limits, kv.n, ids, state)
         e = self._stage("prelude", self.embed(ids), kv)
         kv.span = EagerSpan(kv, e, np.zeros_like(e) if state is None else np.asarray(state, np.float32))
         return kv.span
 
     def core(self, spans: Sequence[Span]) -> None:
         for span in cast(Sequence[EagerSpan], spans):
-            if span.r >= span.kv.max_depth:
-                raise DepthError(
-                    f"pass {span.r + 1} is beyond depth {span.kv.max_depth}, which this cache was opened for"
-                )
+            check_pass(span.r, span.kv.max_depth)
+        for span in cast(Sequence[EagerSpan], spans):
             x = self.inject(span.state(), span.embeds(), span.r)
             span.advance(self._stage("core", x, span.kv, span.r))
 
     def coda(self, spans: Sequence[Span], rows: Rows = "last") -> list[F32]:
-        return [
-            self.head(out if rows == "all" else out[-1:]) for out in map(self._coda, cast(Sequence[EagerSpan], spans))
-        ]
+        return [self._logits(span, rows) for span in cast(Sequence[EagerSpan], spans)]
+
+    def _logits(self, span: EagerSpan, rows: Rows) -> F32:
+        out = self._coda(span)
+        if rows == "all":
+            return self.head(out)
+        if span.last_logits is None:
+            span.last_logits = self.head(out[-1:])
+        return span.last_logits
 
     def _coda(self, span: EagerSpan) -> F32:
         if span.coda is None:
@@ -165,8 +172,12 @@ class EagerEngine(ABC):
         for span in cast(Sequence[EagerSpan], spans):
             span.kv.span = None
 
-    def close(self) -> None:  # noqa: B027  part of the seam; nothing native is held here
-        """Release nothing: the arrays belong to Python."""
+    def close(self) -> None:
+        self._closed = True
+
+    def _check_alive(self) -> None:
+        if self._closed:
+            raise EngineError("this model is closed; load it again")
 
     def _stage(self, stage: str, x: F32, kv: EagerKv, r: int = 0) -> F32:
         for layer in range(self.config.n_layer(stage)):

@@ -1,11 +1,13 @@
 """What a policy is: it looks at a query and decides between which depths its positions run, and why."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from localdepth.errors import DepthError
 
 __all__ = ["Decision", "DepthPolicy", "Exit", "Query", "Seen"]
 
@@ -51,13 +53,23 @@ class Exit(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """Between ``floor`` and ``ceiling`` passes, by whom and why; ``exit`` may stop in between."""
+    """Between ``floor`` and ``ceiling`` passes, by whom and why; ``exit`` may stop in between.
+
+    Raises:
+        DepthError: unless 1 <= floor <= ceiling.
+    """
 
     floor: int
     ceiling: int
     chosen_by: str
     reason: str
-    exit: Exit | None = field(default=None)
+    exit: Exit | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.floor <= self.ceiling:
+            raise DepthError(
+                f"a decision needs 1 <= floor <= ceiling, got {self.floor} and {self.ceiling}; fix the policy"
+            )
 
 
 class DepthPolicy(Protocol):

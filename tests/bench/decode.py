@@ -18,8 +18,9 @@ from localdepth.config import ModelConfig
 from localdepth.engine.base import Engine, KvType, Limits
 from localdepth.engine.ggml.engine import GgmlEngine
 from localdepth.engine.toy import random_weights
-from localdepth.gguf import Quant, read
+from localdepth.gguf import read
 from localdepth.loop import forward
+from localdepth.quant import Quant
 from localdepth_train.reference_engine import ReferenceEngine
 from tests import engines
 

@@ -5,24 +5,24 @@ prefill under a ring. Graphs of one-token spans are kept, those of prompts are b
 about 50 µs.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import cast
-from weakref import WeakSet
 
 import numpy as np
 
 from localdepth.config import Injection
-from localdepth.engine.base import F32, Ids, Kv, KvType, Limits, Rows, Span, check_open, check_span
+from localdepth.engine.base import F32, Ids, Kv, KvType, Limits, Rows, Span, check_open, check_pass, check_span, n_slots
 from localdepth.engine.ggml import lib as ggml
 from localdepth.engine.ggml.graph import Chunk, GraphFactory
 from localdepth.engine.ggml.handles import Backend, Graph, Scratch, TensorGroup, read, write
 from localdepth.engine.ggml.kv import GgmlKv, new_lane, plane_bytes
 from localdepth.engine.ggml.weights import load_weights
-from localdepth.errors import DepthError, EngineError
+from localdepth.errors import EngineError
 from localdepth.gguf import GgufFile
-from localdepth.slots import n_planes, plane
+from localdepth.slots import plane
 
 __all__ = ["GgmlEngine"]
 
@@ -38,6 +38,7 @@ class GgmlSpan:
         self.kv, self.start, self.n, self.r = kv, kv.n, n, 0
         self.lane = kv.lane if n == 1 else new_lane(engine.backend, engine.config, n)
         self.coda_done = False
+        self.last_logits: F32 | None = None  # at r
 
     @property
     def change(self) -> float:
@@ -85,9 +86,10 @@ class GgmlEngine:
     def __init__(self, file: GgufFile, limits: Limits) -> None:
         self.config, self.limits = file.config, limits
         lib = ggml.library()
-        self._open: WeakSet[GgmlKv] = WeakSet()
+        self._open: weakref.WeakSet[GgmlKv] = weakref.WeakSet()
         self._closed = False
         self._stack = ExitStack()
+        self._finalizer = weakref.finalize(self, self._stack.close)  # an engine nobody closed must not leak
         try:
             self.backend = Backend(lib, limits.n_threads, self._stack)
             _self_test(self.backend)
@@ -98,14 +100,13 @@ class GgmlEngine:
             self._scratch = Scratch(self.backend, self._stack)
             self._reserve()
         except BaseException:
-            self._stack.close()
+            self._finalizer()
             raise
         self._placed: tuple[GgmlSpan, Chunk] | None = None  # whose positions and mask io holds
 
     def kv_bytes(self, depth: int, n_ctx: int) -> int:
-        config = self.config
-        n_slots = config.n_prelude + config.n_coda + config.n_core * n_planes(depth, self.limits.ring)
-        return n_slots * plane_bytes(config, self.limits.kv_type, n_ctx)
+        slots = n_slots(self.config, depth, self.limits.ring)
+        return slots * plane_bytes(self.config, self.limits.kv_type, n_ctx)
 
     def open(self, max_depth: int) -> GgmlKv:
         self._check_alive()
@@ -117,6 +118,8 @@ class GgmlEngine:
     def prelude(self, work: Sequence[tuple[Kv, Ids]], states: Sequence[F32 | None]) -> list[Span]:
         self._check_alive()
         for (kv, ids), state in zip(work, states, strict=True):
+            if cast(GgmlKv, kv).closed:
+                raise EngineError("this cache is closed; open another")
             check_span(self.config, self.limits, kv.n, ids, state)
         spans: list[Span] = []
         try:
@@ -147,10 +150,8 @@ class GgmlEngine:
     def core(self, spans: Sequence[Span]) -> None:
         self._check_alive()
         for span in cast(Sequence[GgmlSpan], spans):
-            if span.r >= span.kv.max_depth:
-                raise DepthError(
-                    f"pass {span.r + 1} is beyond depth {span.kv.max_depth}, which this cache was opened for"
-                )
+            check_pass(span.r, span.kv.max_depth)
+        for span in cast(Sequence[GgmlSpan], spans):
             index = plane(span.r, self.limits.ring)
             # a kept graph serves every pass that reads and writes the same tensors
             first = span.r == 0 and self.config.injection is Injection.NONE
@@ -158,7 +159,7 @@ class GgmlEngine:
                 build = partial(self._factory.core, chunk, span.lane, span.kv.tensors("core", index), span.r)
                 self._run(span, chunk, ("core", index, span.r % 2, first, chunk.n_kv), build)
             span.r += 1
-            span.coda_done = False
+            span.coda_done, span.last_logits = False, None
 
     def coda(self, spans: Sequence[Span], rows: Rows = "last") -> list[F32]:
         self._check_alive()
@@ -166,14 +167,17 @@ class GgmlEngine:
 
     def _logits(self, span: GgmlSpan, rows: Rows) -> F32:
         self._coda(span)
-        first = 0 if rows == "all" else span.n - 1
-        out = []
-        for offset in range(first, span.n, _HEAD_ROWS):
-            n = min(_HEAD_ROWS, span.n - offset)
-            build = partial(self._factory.head, Chunk(offset, n, 1), span.lane)
-            self._compute(span, ("head",), build)
-            out.append(read(self.backend.lib, self._io["logits"], (n, self.config.n_vocab)))
-        return np.concatenate(out)
+        if rows == "all":
+            return np.concatenate([self._head(span, offset) for offset in range(0, span.n, _HEAD_ROWS)])
+        if span.last_logits is None:
+            span.last_logits = self._head(span, span.n - 1)
+        return span.last_logits
+
+    def _head(self, span: GgmlSpan, offset: int) -> F32:
+        """Logits of a few rows from ``offset`` on."""
+        n = min(_HEAD_ROWS, span.n - offset)
+        self._compute(span, ("head",), partial(self._factory.head, Chunk(offset, n, 1), span.lane))
+        return read(self.backend.lib, self._io["logits"], (n, self.config.n_vocab))
 
     def _coda(self, span: GgmlSpan) -> None:
         if span.coda_done:
@@ -199,7 +203,7 @@ class GgmlEngine:
         self._closed = True
         for kv in list(self._open):
             kv.close()
-        self._stack.close()
+        self._finalizer()
 
     def _check_alive(self) -> None:
         """Native code would run into freed memory."""

@@ -145,7 +145,7 @@ class Scratch:
 
 
 class Graph:
-    """One graph and the records of its nodes. Nodes are added through ``graph.GraphBuilder``."""
+    """One graph and the records of its nodes. Nodes are added through ``graph.GraphFactory``."""
 
     def __init__(self, lib: Ggml, max_nodes: int) -> None:
         stack = ExitStack()
@@ -163,11 +163,11 @@ def write(lib: Ggml, tensor: Tensor, array: npt.NDArray[Any]) -> None:
     lib.ggml_backend_tensor_set(tensor, array.ctypes.data, 0, array.nbytes)
 
 
-def read(lib: Ggml, tensor: Tensor, shape: Sequence[int], start: int = 0) -> npt.NDArray[np.float32]:
-    """Copy float32 values out of a tensor, from element ``start``."""
+def read(lib: Ggml, tensor: Tensor, shape: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Copy float32 values out of the beginning of a tensor."""
     out = np.empty(shape, np.float32)
-    assert start * 4 + out.nbytes <= lib.ggml_nbytes(tensor), "array lies inside its tensor"
-    lib.ggml_backend_tensor_get(tensor, out.ctypes.data, start * 4, out.nbytes)
+    assert out.nbytes <= lib.ggml_nbytes(tensor), "array lies inside its tensor"
+    lib.ggml_backend_tensor_get(tensor, out.ctypes.data, 0, out.nbytes)
     return out
 
 

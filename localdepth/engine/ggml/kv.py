@@ -65,6 +65,7 @@ class GgmlKv:
         self._lane: TensorGroup | None = None
         self._graphs: OrderedDict[tuple[object, ...], Graph] = OrderedDict()
         self.busy = False  # a span is open
+        self.closed = False
 
     @property
     def n(self) -> int:
@@ -126,6 +127,7 @@ class GgmlKv:
         return twin
 
     def close(self) -> None:
+        self.closed = True
         self.forget_graphs()
         for planes in self._planes.values():
             planes.tensors.close()
