@@ -127,7 +127,6 @@ def ask(
         f"depth {answer.depth}, chosen by {decision.chosen_by}: {decision.reason} · {stats.n_generated} tokens in "
         f"{(stats.prompt_ms + stats.decode_ms) / 1000:.2f} s · ended by {answer.finish_reason}",
         style="dim",
-        soft_wrap=True,
     )
 
 
@@ -160,9 +159,9 @@ def inspect(
         console.emit(record)
         return
     config = record.pop("config")
-    console.say.print(console.table(("model", ""), [(key, str(value)) for key, value in config.items()]))
+    console.show_facts({key: str(value) for key, value in config.items()})
     console.say.print()
-    console.say.print(console.table(("file", ""), [(key, _brief(value)) for key, value in record.items()]))
+    console.show_facts({key: _brief(value) for key, value in record.items()})
 
 
 @app.command()
@@ -192,7 +191,7 @@ def curve(
         console.notes.print(note)
         console.emit(result.to_dict())
         return
-    headings = ["", *(f"depth {depth}" for depth in wanted), "90 % at"]
+    headings = ["depth", *map(str, wanted), "90 % at"]
     passes = {f"{steps} steps": "-" if depth is None else str(depth) for steps, depth in result.passes_to(0.9).items()}
     rows = [(f"{n} steps", cells) for n, cells in sorted(result.by_steps.items())]
     rows += [*sorted(result.by_family.items()), ("all", result.total)]
@@ -200,8 +199,8 @@ def curve(
         [name, *(console.shade(cells[depth].accuracy) for depth in wanted), passes.get(name, "")]
         for name, cells in rows
     ]
-    shown.append(["ms an answer", *(f"{result.ms[depth]:.1f} " for depth in wanted), ""])
-    console.say.print(console.table(headings, shown, "right answers, %"))
+    shown.append(["ms an answer", *(f"{result.ms[depth]:.0f} " for depth in wanted), ""])
+    console.show_table(headings, shown, "right answers in %, by depth; and the depth that reaches 90 %")
     console.say.print(note)
 
 
@@ -235,7 +234,7 @@ def verify(
     else:
         lines = zip(check.depths, check.max_abs, check.kl, check.top1, strict=True)
         rows = [(str(d), f"{a:.2e}", f"{kl:.2e}", f"{100 * top:.1f} %") for d, a, kl, top in lines]
-        console.say.print(console.table(("depth", "max abs", "KL, nats", "same top-1"), rows))
+        console.show_table(("depth", "max abs", "KL, nats", "same top-1"), rows)
         if report.wrong_tensors:
             console.say.print(f"not the checkpoint's numbers: {', '.join(report.wrong_tensors)}")
         verdict = "within" if report.passed else "BEYOND"
@@ -291,7 +290,7 @@ def train_run(
 
 def _show_progress(record: Mapping[str, Any], n_steps: int) -> None:
     facts = ", ".join(f"{key} {_brief(value)}" for key, value in record.items() if key in ("loss", "accuracy"))
-    console.notes.print(f"step {record['step']} of {n_steps}: {facts}", soft_wrap=True)
+    console.notes.print(f"step {record['step']} of {n_steps}: {facts}")
 
 
 @contextmanager

@@ -6,12 +6,13 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -27,16 +28,19 @@ __all__ = [
     "report_error",
     "say",
     "shade",
+    "show_facts",
+    "show_table",
     "speak_utf8",
-    "table",
     "ticking",
 ]
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
-say = Console(highlight=False, soft_wrap=True)  # standard output
+say = Console(highlight=False)  # standard output
 notes = Console(stderr=True, highlight=False)
+for _console in (say, notes):  # words wrap for a person; a pipe gets whole lines
+    _console.soft_wrap = not _console.is_terminal
 
 
 def speak_utf8() -> None:
@@ -78,27 +82,35 @@ def _finite(value: Any) -> Any:
 
 def report_error(error: LocalDepthError, as_json: bool) -> int:
     """Say what went wrong; returns the exit code."""
-    notes.print(Text.assemble((f"{type(error).__name__}: ", "bold red"), plain(str(error))), soft_wrap=True)
+    notes.print(Text.assemble((f"{type(error).__name__}: ", "bold red"), plain(str(error))))
     if as_json:
         emit({"error": {"type": type(error).__name__, "message": str(error)}})
     return error.exit_code
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], title: str | None = None) -> Table:
-    """A plain table, numbers to the right."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], title: str | None = None) -> None:
+    """Print a plain table at its natural width: a line too long for the terminal wraps, nothing is cut off."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for i, name in enumerate(columns):
-        made.add_column(name, justify="left" if i == 0 else "right", no_wrap=i > 0)
+        made.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         made.add_row(*(Text(plain(cell)) if isinstance(cell, str) else cell for cell in row))
-    return made
+    natural = Measurement.get(say, say.options.update(max_width=10_000), made).maximum
+    Console(width=natural, highlight=False).print(made, crop=False)
+
+
+def show_facts(facts: Mapping[str, str]) -> None:
+    """Print names and values, a line each."""
+    wide = max(map(len, facts), default=0)
+    for name, value in facts.items():
+        say.print(Text(f"{name:<{wide}}  {plain(value)}"))
 
 
 def shade(share: float) -> Text:
     """A share as a percentage with a bar beside it, green when high."""
     block = _BLOCKS[round(share * (len(_BLOCKS) - 1))]
     colour = "green" if share >= 0.9 else "yellow" if share >= 0.5 else "red"
-    return Text.assemble(f"{100 * share:.0f} ", (block, colour))
+    return Text.assemble(f"{100 * share:.0f}", (block, colour))
 
 
 @contextmanager
