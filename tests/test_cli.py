@@ -252,7 +252,7 @@ def test_curve_asks_fresh_questions_of_every_family() -> None:
     assert record["passes_to_90"]["4"] == 8
     assert "0.0 % occur in training" in done.stderr
     shown = localdepth("curve", "--depths", "1,8", "--steps", "1", "--per-cell", "6").stdout
-    assert "depth 8" in shown
+    assert "90 % at" in shown
     refused = localdepth("curve", "--depths", "1,65")
     assert refused.returncode == 2
     assert "1..64" in refused.stderr
