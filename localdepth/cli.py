@@ -251,12 +251,13 @@ def export_gguf(
     checkpoint: Annotated[Path, typer.Argument(help="Directory of a Huginn, retrofit or localdepth checkpoint.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
     quant: Annotated[str, typer.Option("--quant", "-q", help="F32, F16, BF16 or Q8_0.")] = "Q8_0",
+    license_name: Annotated[str | None, typer.Option("--license", help="Of the weights, if the card lacks it.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint as a GGUF file."""
     with _needs("export"):
         from localdepth_export.convert import to_gguf
-    done = to_gguf(checkpoint, out, quant=quant)
+    done = to_gguf(checkpoint, out, quant=quant, license_name=license_name)
     if as_json:
         console.emit({**asdict(done), "path": str(done.path)})
         return

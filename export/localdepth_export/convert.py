@@ -50,7 +50,11 @@ class Export:
 
 
 def to_gguf(
-    checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], *, quant: str | Quant = Quant.Q8_0
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    quant: str | Quant = Quant.Q8_0,
+    license_name: str | None = None,
 ) -> Export:
     """Write ``checkpoint`` as one GGUF file.
 
@@ -60,6 +64,7 @@ def to_gguf(
         checkpoint: directory of a published or own looped model.
         out: file to write; it appears complete or not at all.
         quant: one of F32, F16, BF16, Q8_0, in any case.
+        license_name: of the weights; None takes the one in the checkpoint's model card, if any.
     Raises:
         ConfigError: unknown quant, or values the quant cannot hold.
         CheckpointError: the directory cannot be used, or holds values that are not finite.
@@ -81,8 +86,8 @@ def to_gguf(
             "quant": str(quant),
             "fallbacks": fallbacks,
         }
-        if license_name := read_license(source):
-            provenance["license"] = license_name
+        if known := license_name or read_license(source):
+            provenance["license"] = known
         write(
             out,
             source.config,
