@@ -37,25 +37,26 @@ def edit_tensors(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_published_layouts_are_recognised_and_read(kind: str, dtype: Any, tmp_path: Path) -> None:
     config, weights = weights_of(kind)
-    with Checkpoint(make_checkpoint(tmp_path, kind, dtype=dtype)) as checkpoint:
-        assert (checkpoint.kind, checkpoint.config) == (KINDS[kind], config)
-        for name, array in weights.items():
-            np.testing.assert_array_equal(checkpoint.read(name), array.astype(dtype).astype(np.float32))
+    checkpoint = Checkpoint(make_checkpoint(tmp_path, kind, dtype=dtype))
+    assert (checkpoint.kind, checkpoint.config) == (KINDS[kind], config)
+    for name, array in weights.items():
+        np.testing.assert_array_equal(checkpoint.read(name), array.astype(dtype).astype(np.float32))
 
 
 def test_both_published_spellings_of_a_config_are_accepted(fixtures: Path) -> None:
     for saved in (fixtures / "parity").glob("*/config_save_pretrained.json"):
-        with Checkpoint(saved.parent) as checkpoint:
-            shapes = {name: checkpoint.shape(name) for name in checkpoint.stored}
-            assert recognise(json.loads(saved.read_text()), shapes, saved.parent).config == checkpoint.config
+        checkpoint = Checkpoint(saved.parent)
+        shapes = {name: checkpoint.shape(name) for name in checkpoint.stored}
+        assert recognise(json.loads(saved.read_text()), shapes, saved.parent).config == checkpoint.config
 
 
 def test_converted_checkpoints_with_junk_tensors_equal_clean_ones(fixtures: Path) -> None:
     for folder in (fixtures / "parity").glob("surgery_*"):
-        with Checkpoint(folder / "converted_raw") as raw, Checkpoint(folder / "converted") as clean:
-            assert raw.config == clean.config
-            for name in clean.config.tensors():
-                np.testing.assert_array_equal(raw.read(name), clean.read(name))
+        raw = Checkpoint(folder / "converted_raw")
+        clean = Checkpoint(folder / "converted")
+        assert raw.config == clean.config
+        for name in clean.config.tensors():
+            np.testing.assert_array_equal(raw.read(name), clean.read(name))
 
 
 def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
@@ -69,8 +70,8 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
         save_file({name: tensors[name] for name in part}, tmp_path / file)
     index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with Checkpoint(tmp_path) as checkpoint:
-        np.testing.assert_array_equal(checkpoint.read("core.1.attn_k.weight"), weights["core.1.attn_k.weight"])
+    checkpoint = Checkpoint(tmp_path)
+    np.testing.assert_array_equal(checkpoint.read("core.1.attn_k.weight"), weights["core.1.attn_k.weight"])
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"b\.safetensors"):
         Checkpoint(tmp_path)
@@ -79,10 +80,10 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
 def test_our_own_layout_survives_the_round_trip(tmp_path: Path) -> None:
     config, weights = weights_of("retrofit_olmo2")
     save(tmp_path / "own", config, weights, {"tokenizer.json": "{}"})
-    with Checkpoint(tmp_path / "own") as checkpoint:
-        assert (checkpoint.kind, checkpoint.config, checkpoint.text("tokenizer.json")) == ("localdepth", config, "{}")
-        for name, array in weights.items():
-            np.testing.assert_array_equal(checkpoint.read(name), array)
+    checkpoint = Checkpoint(tmp_path / "own")
+    assert (checkpoint.kind, checkpoint.config, checkpoint.text("tokenizer.json")) == ("localdepth", config, "{}")
+    for name, array in weights.items():
+        np.testing.assert_array_equal(checkpoint.read(name), array)
 
 
 def test_saving_tensors_that_do_not_fit_is_refused(tmp_path: Path) -> None:
@@ -150,8 +151,8 @@ def test_a_second_copy_of_a_tied_head_is_accepted(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "huginn")
     wte = load_file(tmp_path / "model.safetensors")["transformer.wte.weight"]
     edit_tensors(tmp_path, **{"lm_head.weight": wte})
-    with Checkpoint(tmp_path) as checkpoint:
-        assert checkpoint.config == EXPECTED["huginn"]
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.config == EXPECTED["huginn"]
 
 
 def test_missing_directories_files_and_bad_json_are_refused(tmp_path: Path) -> None:

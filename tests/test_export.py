@@ -1,6 +1,9 @@
 """Checkpoint -> model file: exact where the format allows, and honest where it does not."""
 
 import json
+import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +122,24 @@ def test_tokenizer_template_and_licence_travel_with_the_weights(tmp_path: Path) 
         assert str(file.provenance["exporter"]).startswith("localdepth ")
     with load(tmp_path / "m.gguf") as model:
         assert model.generate("the cat", max_tokens=4).tokens
+
+
+def test_export_holds_twice_the_largest_tensor_at_most(tmp_path: Path) -> None:
+    config = replace(EXPECTED["retrofit_llama"], n_vocab=8000, n_embd=1024, head_dim=16, n_ff=2048)
+    weights = {name: np.zeros(shape, ml_dtypes.bfloat16) for name, shape in config.tensors().items()}
+    save(tmp_path / "c", config, weights)
+    program = (
+        "import resource, sys\n"
+        "from localdepth_export.convert import to_gguf\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "before = peak(); to_gguf(sys.argv[1], sys.argv[2]); print(peak() - before)"
+    )
+    arguments = [sys.executable, "-c", program, str(tmp_path / "c"), str(tmp_path / "m.gguf")]
+    taken = int(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout)
+    largest = 4 * max(math.prod(shape) for shape in config.tensors().values())
+    output = (tmp_path / "m.gguf").stat().st_size
+    assert output + 2 * largest < 4 * config.n_params  # the test could tell
+    assert taken < output + 2 * largest
 
 
 @pytest.mark.parametrize(

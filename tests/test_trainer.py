@@ -78,9 +78,10 @@ def test_a_stopped_run_ends_where_an_undisturbed_one_does(tiny: Recipe, tmp_path
     resumed = train(tiny, tmp_path / "stopped")
     assert resumed == replace(whole, checkpoint=resumed.checkpoint)
     assert records(tmp_path / "whole") == records(tmp_path / "stopped")
-    with Checkpoint(tmp_path / "whole/checkpoint") as one, Checkpoint(tmp_path / "stopped/checkpoint") as other:
-        assert all(np.array_equal(one.read(name), other.read(name)) for name in tiny.model.tensors())
-        assert one.text("tokenizer.json") == other.text("tokenizer.json")
+    one = Checkpoint(tmp_path / "whole/checkpoint")
+    other = Checkpoint(tmp_path / "stopped/checkpoint")
+    assert all(np.array_equal(one.read(name), other.read(name)) for name in tiny.model.tensors())
+    assert one.text("tokenizer.json") == other.text("tokenizer.json")
 
 
 def test_a_killed_run_goes_on_from_its_last_saved_state(tiny: Recipe, tmp_path: Path) -> None:
@@ -103,11 +104,11 @@ def test_threads_change_the_time_not_the_result(tiny: Recipe) -> None:
 def test_the_checkpoint_runs_and_carries_its_tokenizer(tiny: Recipe, tmp_path: Path) -> None:
     trainer = Trainer(tiny)
     trainer.advance()
-    with Checkpoint(trainer.export(tmp_path / "checkpoint")) as checkpoint:
-        assert checkpoint.config == tiny.model
-        settings = json.loads(checkpoint.text("tokenizer_config.json") or "")
-        model = ReferenceModel(checkpoint.config)
-        model.load_state_dict({n: torch.from_numpy(checkpoint.read(n)) for n in checkpoint.config.tensors()})
+    checkpoint = Checkpoint(trainer.export(tmp_path / "checkpoint"))
+    assert checkpoint.config == tiny.model
+    settings = json.loads(checkpoint.text("tokenizer_config.json") or "")
+    model = ReferenceModel(checkpoint.config)
+    model.load_state_dict({n: torch.from_numpy(checkpoint.read(n)) for n in checkpoint.config.tensors()})
     ids = torch.tensor([[1, 5, 9]])
     assert torch.equal(model(ids, 2), trainer.model(ids, 2))
     assert (settings["bos_token"], settings["eos_token"]) == (BOS, EOS)

@@ -71,41 +71,41 @@ def to_gguf(
         StorageError: the file cannot be written.
     """
     quant = _parse(quant)
-    with Checkpoint(checkpoint) as source:
-        shapes = source.config.tensors()
-        quants = {name: _choose(shape, quant) for name, shape in shapes.items()}
-        fallbacks = tuple(
-            f"{name}: {quant} -> {chosen}"
-            for name, chosen in quants.items()
-            if chosen is not quant and len(shapes[name]) > 1
-        )
-        tokenizer = read_tokenizer(source)
-        provenance: dict[str, str | tuple[str, ...]] = {
-            "source": source.path.resolve().name,
-            "exporter": f"localdepth {version('localdepth')}",
-            "quant": str(quant),
-            "fallbacks": fallbacks,
-        }
-        if known := license_name or read_license(source):
-            provenance["license"] = known
-        write(
-            out,
-            source.config,
-            quants,
-            _encoded(source, quants),
-            tokenizer=tokenizer,
-            provenance=provenance,
-            check=Check(CheckStatus.UNVERIFIED),
-        )
-        return Export(
-            path=Path(out),
-            kind=source.kind,
-            quant=quant,
-            fallbacks=fallbacks,
-            n_bytes=Path(out).stat().st_size,
-            n_params=source.config.n_params,
-            has_tokenizer=tokenizer is not None,
-        )
+    source = Checkpoint(checkpoint)
+    shapes = source.config.tensors()
+    quants = {name: _choose(shape, quant) for name, shape in shapes.items()}
+    fallbacks = tuple(
+        f"{name}: {quant} -> {chosen}"
+        for name, chosen in quants.items()
+        if chosen is not quant and len(shapes[name]) > 1
+    )
+    tokenizer = read_tokenizer(source)
+    provenance: dict[str, str | tuple[str, ...]] = {
+        "source": source.path.resolve().name,
+        "exporter": f"localdepth {version('localdepth')}",
+        "quant": str(quant),
+        "fallbacks": fallbacks,
+    }
+    if known := license_name or read_license(source):
+        provenance["license"] = known
+    write(
+        out,
+        source.config,
+        quants,
+        _encoded(source, quants),
+        tokenizer=tokenizer,
+        provenance=provenance,
+        check=Check(CheckStatus.UNVERIFIED),
+    )
+    return Export(
+        path=Path(out),
+        kind=source.kind,
+        quant=quant,
+        fallbacks=fallbacks,
+        n_bytes=Path(out).stat().st_size,
+        n_params=source.config.n_params,
+        has_tokenizer=tokenizer is not None,
+    )
 
 
 def _parse(quant: str) -> Quant:
@@ -126,7 +126,7 @@ def _choose(shape: tuple[int, ...], quant: Quant) -> Quant:
 def _encoded(source: Checkpoint, quants: dict[str, Quant]) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     for name, quant in quants.items():
         array = source.read(name)
-        largest = float(np.abs(array).max())
+        largest = max(float(array.max()), -float(array.min()))  # without a copy
         if not np.isfinite(largest):
             raise CheckpointError(f"{name} in {source.path} has values that are not finite; download it again")
         if largest > _LARGEST[quant]:

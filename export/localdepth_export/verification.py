@@ -107,7 +107,8 @@ def verify(
         raise MissingExtra('verifying needs torch; install it: pip install "localdepth[train]"') from error
     if not depths:
         raise ConfigError("no depths to compare; pass at least one")
-    with read(file) as model, Checkpoint(checkpoint) as source, ExitStack() as stack:
+    source = Checkpoint(checkpoint)
+    with read(file) as model, ExitStack() as stack:
         _same_model(model.config, source.config, file, checkpoint)
         for depth in depths:
             model.config.check_depth(depth, measure=True)

@@ -11,11 +11,11 @@ mcleish7/retrofitting-recurrence, both Apache-2.0.
 import json
 import math
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs to read it
 import numpy as np
@@ -33,8 +33,17 @@ _TEXTS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "
 _TIE_ROWS = 4096  # rows compared at a time
 
 
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor as it lies on disk; ``dtype`` in safetensors' words."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
 class Checkpoint:
-    """An open checkpoint directory; reads one tensor at a time under our names.
+    """A checked checkpoint directory; reads one tensor at a time under our names.
 
     Attributes:
         path: the directory.
@@ -46,16 +55,11 @@ class Checkpoint:
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path} is not a directory; pass the folder that holds config.json")
-        self._stack = ExitStack()
-        try:
-            record = _read_json(self.path / "config.json")
-            self._tensors = _open_shards(self.path, self._stack)
-            self._layout = recognise(record, {name: self.shape(name) for name in self._tensors}, self.path)
-            self._check_shapes()
-            self._check_tie()
-        except BaseException:
-            self._stack.close()
-            raise
+        record = _read_json(self.path / "config.json")
+        self._tensors = {name: stored for file in _shards(self.path) for name, stored in _contents(file)}
+        self._layout = recognise(record, {name: self.shape(name) for name in self._tensors}, self.path)
+        self._check_shapes()
+        self._check_tie()
 
     @property
     def kind(self) -> str:
@@ -67,25 +71,12 @@ class Checkpoint:
         """The model it holds."""
         return self._layout.config
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Release the files; safe to call twice."""
-        self._stack.close()
-
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """One tensor under our name, widened to float32 (exact for f16 and bf16), C-contiguous."""
         part = self._layout.parts[name]
-        source = self._slice(part.name)
         rows, cols = slice(*part.rows) if part.rows else slice(None), slice(*part.cols) if part.cols else ...
-        try:
+        with self._opened(part.name) as source:
             raw = source[part.index].reshape(-1) if part.index is not None else source[rows, cols]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read {part.name} in {self.path}: {error}; download it again") from error
         return np.ascontiguousarray(raw, dtype=np.float32)
 
     def text(self, name: str) -> str | None:
@@ -94,9 +85,6 @@ class Checkpoint:
         file = self.path / name
         return _read_text(file) if file.is_file() else None
 
-    def _slice(self, name: str) -> Any:
-        return self._tensors[name].get_slice(name)
-
     @property
     def stored(self) -> tuple[str, ...]:
         """Names of all tensors in the directory, as stored."""
@@ -104,11 +92,21 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a stored tensor, under its stored name."""
-        return tuple(self._slice(name).get_shape())
+        return self._tensors[name].shape
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
+        """A stored tensor, to be sliced. Its file is mapped only meanwhile: pages read do not pile up in memory."""
+        file = self._tensors[name].file
+        try:
+            with safe_open(file, framework="numpy") as handle:
+                yield handle.get_slice(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {name} in {file}: {error}; download it again") from error
 
     def _check_shapes(self) -> None:
         for name, wanted in self._layout.stored_shapes().items():
-            got, dtype = self.shape(name), self._slice(name).get_dtype()
+            got, dtype = self.shape(name), self._tensors[name].dtype
             if dtype not in ("F32", "F16", "BF16"):
                 raise CheckpointError(f"{name} in {self.path} is stored as {dtype}; we read F32, F16 and BF16")
             # a packed bias [2, 1, H, D] is compared as [2, H * D]
@@ -123,10 +121,12 @@ class Checkpoint:
         """A tied model may store its head again; a different head would be silently lost."""
         if not self.config.tied_head or "lm_head.weight" not in self._tensors:
             return
-        head, embed = self._slice("lm_head.weight"), self._slice(self._layout.parts["token_embd.weight"].name)
-        n = self.config.n_vocab
+        embed_name, n = self._layout.parts["token_embd.weight"].name, self.config.n_vocab
         blocks = (slice(i, min(i + _TIE_ROWS, n)) for i in range(0, n, _TIE_ROWS))
-        same = head.get_shape() == embed.get_shape() and all(np.array_equal(head[rows], embed[rows]) for rows in blocks)
+        with self._opened("lm_head.weight") as head, self._opened(embed_name) as embed:
+            same = self.shape("lm_head.weight") == self.shape(embed_name) and all(
+                np.array_equal(head[rows], embed[rows]) for rows in blocks
+            )
         if not same:
             raise CheckpointError(
                 f"{self.path} says its head is tied, but lm_head.weight differs from the embedding; "
@@ -134,8 +134,8 @@ class Checkpoint:
             )
 
 
-def _open_shards(path: Path, stack: ExitStack) -> dict[str, Any]:
-    """Tensor name -> the open safetensors file that holds it."""
+def _shards(path: Path) -> list[Path]:
+    """The files that hold the weights."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
@@ -152,14 +152,17 @@ def _open_shards(path: Path, stack: ExitStack) -> dict[str, Any]:
             f"{path} has no model.safetensors or model.safetensors.index.json (found {found}); "
             "pickled .bin weights are not read, convert them to safetensors"
         )
-    tensors: dict[str, Any] = {}
-    for name in files:
-        try:
-            handle = stack.enter_context(safe_open(path / name, framework="numpy"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read {path / name}: {error}; download it again") from error
-        tensors |= dict.fromkeys(handle.keys(), handle)
-    return tensors
+    return [path / name for name in files]
+
+
+def _contents(file: Path) -> list[tuple[str, _Stored]]:
+    """Name, shape and element type of every tensor in a file."""
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            slices = [(name, handle.get_slice(name)) for name in handle.keys()]  # noqa: SIM118  not a dict
+            return [(name, _Stored(file, tuple(s.get_shape()), str(s.get_dtype()))) for name, s in slices]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}; download it again") from error
 
 
 def _read_text(file: Path) -> str:

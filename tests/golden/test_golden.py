@@ -22,8 +22,8 @@ def expected() -> dict[str, NDArray[np.float32]]:
 
 
 def weights_in(folder: Path, kind: str) -> dict[str, NDArray[np.float32]]:
-    with Checkpoint(make_checkpoint(folder, kind)) as checkpoint:
-        return {name: checkpoint.read(name) for name in checkpoint.config.tensors()}
+    checkpoint = Checkpoint(make_checkpoint(folder, kind))
+    return {name: checkpoint.read(name) for name in checkpoint.config.tensors()}
 
 
 @pytest.mark.parametrize("family", EXPECTED)
