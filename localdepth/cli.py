@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 the check failed, 2 request or file refused, 3 the machine failed, 130 interrupted.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from rich.text import Text
 
 from localdepth import console
 from localdepth.doctor import examine
-from localdepth.errors import LocalDepthError, MachineError, MissingExtra, PromptError, RequestError
+from localdepth.errors import LocalDepthError, MachineError, MissingExtra, PromptError, RequestError, install_line
 from localdepth.gguf import read
 from localdepth.model import load
 from localdepth.sampling import Sampling
@@ -67,7 +68,8 @@ def command(function: Callable[P, int | None]) -> Callable[P, None]:
             console.quiet_pipe()
             code = 0
         except (MemoryError, OSError) as error:
-            code = console.report_error(MachineError(f"{type(error).__name__}: {error}"), False)
+            said = MachineError(f"{type(error).__name__}: {error}; check disk, memory and where the output goes")
+            code = console.report_error(said, bool(kwargs.get("as_json")))
         raise typer.Exit(code)
 
     return run
@@ -170,7 +172,10 @@ def curve(
     model: ModelOption = None,
     depths: Annotated[str, typer.Option("--depths", help="Depths to measure.")] = "1,2,3,4,6,8,12,16,32,64",
     seed: Annotated[int, typer.Option("--seed", help="Of the fresh questions.")] = 0,
-    per_cell: Annotated[int, typer.Option("--per-cell", min=1, help="Questions for each number of steps.")] = 300,
+    per_cell: Annotated[
+        int,
+        typer.Option("--per-cell", min=1, help="Questions per number of steps, in sixes."),
+    ] = 300,
     steps: Annotated[str, typer.Option("--steps", help="Numbers of steps to ask.")] = "1,2,3,4,5,6,7,8",
     data: Annotated[Path | None, typer.Option("--data", help="JSONL with question, answer, family, steps.")] = None,
     engine: EngineOption = "auto",
@@ -235,13 +240,7 @@ def verify(
         lines = zip(check.depths, check.max_abs, check.kl, check.top1, strict=True)
         rows = [(str(d), f"{a:.2e}", f"{kl:.2e}", f"{100 * top:.1f} %") for d, a, kl, top in lines]
         console.show_table(("depth", "max abs", "KL, nats", "same top-1"), rows)
-        if report.wrong_tensors:
-            console.say.print(f"not the checkpoint's numbers: {', '.join(report.wrong_tensors)}")
-        verdict = "within" if report.passed else "BEYOND"
-        console.say.print(
-            f"{report.n_tokens} positions of {report.text_source}; {verdict} the bound for {report.quant}: "
-            f"max abs {report.bound.max_abs:g}, KL {report.bound.kl:g}"
-        )
+        console.say.print(f"{report.n_tokens} positions of {report.text_source}; {report.verdict}")
     return 0 if report.passed else CHECK_FAILED
 
 
@@ -265,8 +264,10 @@ def export_gguf(
         f"{done.path}: {done.kind}, {done.n_params:,} parameters as {done.quant}, {done.n_bytes:,} bytes"
         f"{'' if done.has_tokenizer else ', no tokenizer: it takes and gives token ids'}"
     )
-    for fallback in done.fallbacks:
-        console.say.print(f"  {fallback}")
+    if done.fallbacks:
+        console.say.print(
+            f"{len(done.fallbacks)} matrices whose rows do not fit {done.quant} are F16; inspect lists them"
+        )
 
 
 @train_app.command("run")
@@ -282,7 +283,11 @@ def train_run(
     from localdepth_train.recipe import load_recipe
 
     plan = load_recipe(recipe)
-    report = train(plan, out, on_record=lambda record: _show_progress(record, plan.steps))
+    try:
+        report = train(plan, out, on_record=lambda record: _show_progress(record, plan.steps))
+    except KeyboardInterrupt:
+        console.notes.print(f"the run is saved every {plan.save_every} steps; the same command goes on from the last")
+        raise
     if as_json:
         console.emit({"steps": report.steps, "loss": report.loss, "checkpoint": str(report.checkpoint)})
     else:
@@ -300,12 +305,14 @@ def _needs(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise MissingExtra(f'{error.name} is not installed; type: pip install "localdepth[{extra}]"') from error
+        raise MissingExtra(f"{error.name} is not installed; type: {install_line(extra)}") from error
 
 
 def _read_question(question: str) -> str:
     if question != "-":
         return question
+    if sys.stdin is None:
+        raise PromptError("there is no standard input to read; pass the question itself")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -320,10 +327,7 @@ def _read_text(path: Path) -> str:
 
 
 def _parse_depth(depth: str) -> int | str:
-    try:
-        return int(depth)
-    except ValueError:
-        return depth
+    return int(depth) if re.fullmatch(r"[+-]?[0-9]{1,9}", depth) else depth
 
 
 def _parse_ints(name: str, text: str) -> list[int]:
@@ -363,7 +367,3 @@ def _brief(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_brief(item) for item in value) or "none"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-if __name__ == "__main__":
-    main()

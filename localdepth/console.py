@@ -37,8 +37,16 @@ __all__ = [
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
-say = Console(highlight=False)  # standard output
-notes = Console(stderr=True, highlight=False)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read us has seen enough: no error."""
+        quiet_pipe()
+        raise SystemExit(0)
+
+
+say = _Console(highlight=False)  # standard output
+notes = _Console(stderr=True, highlight=False)
 for _console in (say, notes):  # words wrap for a person; a pipe gets whole lines
     _console.soft_wrap = not _console.is_terminal
 
@@ -84,7 +92,10 @@ def report_error(error: LocalDepthError, as_json: bool) -> int:
     """Say what went wrong; returns the exit code."""
     notes.print(Text.assemble((f"{type(error).__name__}: ", "bold red"), plain(str(error))))
     if as_json:
-        emit({"error": {"type": type(error).__name__, "message": str(error)}})
+        try:
+            emit({"error": {"type": type(error).__name__, "message": str(error)}})
+        except (OSError, MachineError):
+            return MachineError.exit_code  # nobody can read it; the line above has said so
     return error.exit_code
 
 
@@ -96,7 +107,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], tit
     for row in rows:
         made.add_row(*(Text(plain(cell)) if isinstance(cell, str) else cell for cell in row))
     natural = Measurement.get(say, say.options.update(max_width=10_000), made).maximum
-    Console(width=natural, highlight=False).print(made, crop=False)
+    _Console(width=natural, highlight=False).print(made, crop=False)
 
 
 def show_facts(facts: Mapping[str, str]) -> None:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from localdepth.engine.ggml.lib import INSTALL_LINE, find_libraries, library
-from localdepth.errors import LocalDepthError
+from localdepth.errors import LocalDepthError, ModelFileError, install_line
 from localdepth.model import default_threads, load
 
 __all__ = ["Finding", "Health", "examine"]
@@ -79,7 +79,7 @@ def _ggml() -> Finding:
 def _extra(name: str, modules: tuple[str, ...]) -> Finding:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     seen = f"missing {', '.join(missing)}" if missing else ", ".join(_versioned(module) for module in modules)
-    return Finding(f"extra {name}", not missing, seen, f'pip install "localdepth[{name}]"' if missing else "")
+    return Finding(f"extra {name}", not missing, seen, install_line(name) if missing else "")
 
 
 def _versioned(module: str) -> str:
@@ -95,5 +95,6 @@ def _default_model() -> Finding:
         with load() as model:
             answer = model.generate(_TRIAL, max_tokens=16)
     except LocalDepthError as error:
-        return Finding("default model", False, str(error), "reinstall: pip install --force-reinstall localdepth")
+        remedy = "install localdepth again" if isinstance(error, ModelFileError) else "see ggml above"
+        return Finding("default model", False, str(error), remedy)
     return Finding("default model", True, f"answers {answer.text.strip()!r} at depth {answer.depth}")

@@ -36,7 +36,13 @@ __all__ = [
     "StorageError",
     "TemplateError",
     "TrainError",
+    "install_line",
 ]
+
+
+def install_line(extra: str) -> str:
+    """What to type to get an optional part."""
+    return f'pip install "localdepth[{extra}]" (in a clone of the repository: pip install -e ".[{extra}]")'
 
 
 class LocalDepthError(Exception):

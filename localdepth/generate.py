@@ -127,8 +127,10 @@ class Request:
                 )
         for name, low, high in (("max_tokens", 1, 1 << 31), ("top_logprobs", 0, 1000)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
                 raise RequestError(f"{name}={value!r} must be a whole number in {low}..{high}")
+        if not isinstance(self.warm_start, bool):
+            raise RequestError(f"warm_start={self.warm_start!r} must be True or False")
         seed = self.state_seed
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64):
             raise RequestError(f"state_seed={seed!r} must be a whole number in 0..2^64-1")

@@ -261,7 +261,10 @@ def _ids(tokens: Sequence[int]) -> Ids:
 def _state(state: F32 | None) -> F32 | None:
     if state is None:
         return None
-    array = np.asarray(state)
+    try:
+        array = np.asarray(state)
+    except ValueError:
+        array = np.empty(0, object)
     if array.dtype.kind not in "fiu" or not (np.abs(array) <= np.finfo(np.float32).max).all():
         raise PromptError("state must hold finite float32 numbers, [T, n_embd]")
     return array.astype(np.float32)
@@ -307,12 +310,14 @@ def load(
         MissingExtra: the engine's package is not installed.
         EngineError: the engine does not start, or memory runs out.
     """
+    if policy is not None and not callable(getattr(policy, "decide", None)):
+        raise ConfigError(f"policy={policy!r} has no decide method; pass a DepthPolicy, or depth= with each request")
     name = _choice(EngineName, "engine", engine)
     _choice(Device, "device", device)
     cache = _choice(KvType, "kv_type", kv_type)
     with read(_find(model)) as file:
         config = file.config
-        if n_ctx is not None and not (isinstance(n_ctx, Integral) and 1 <= n_ctx <= config.n_ctx):
+        if n_ctx is not None and not (isinstance(n_ctx, Integral) and n_ctx is not True and 1 <= n_ctx <= config.n_ctx):
             raise ConfigError(f"n_ctx={n_ctx!r} is outside 1..{config.n_ctx}, what this model was made for")
         limits = Limits(
             n_ctx=int(n_ctx or min(config.n_ctx, _DEFAULT_N_CTX)),
@@ -344,7 +349,7 @@ def _find(model: str | os.PathLike[str] | None) -> Path:
         path = Path(model)
     except TypeError:
         raise ModelFileError(f"{model!r} is no path of a model file") from None
-    if path.is_dir():
+    if str(model) == "" or os.path.isdir(path):
         raise ModelFileError(
             f"{path} is a directory, not a model file; make one of a checkpoint with: "
             f"localdepth export gguf {path} -o model.gguf"
@@ -354,6 +359,6 @@ def _find(model: str | os.PathLike[str] | None) -> Path:
 
 def _choice(kind: type[_E], name: str, value: str) -> _E:
     try:
-        return kind(value)
-    except ValueError:
+        return kind(value.lower())
+    except (ValueError, AttributeError):
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(kind)}") from None

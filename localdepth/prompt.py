@@ -68,6 +68,8 @@ class PromptReader:
             raise PromptError(
                 f"a prompt is text, a list of messages or a list of token ids, not {type(prompt).__name__}"
             )
+        if isinstance(prompt, np.ndarray) and prompt.ndim == 0:
+            raise PromptError(f"a prompt of token ids is a flat list, not the single number {prompt!r}")
         if len(prompt) == 0:
             raise PromptError("the prompt is empty; pass at least one token, message or character")
         if all(isinstance(item, Mapping) for item in prompt):
@@ -102,7 +104,10 @@ class PromptReader:
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise PromptError("this model file has no tokenizer; pass token ids instead of text")
+            raise PromptError(
+                "this model file has no tokenizer, so it takes token ids, from Python: model.generate([1, 2, 3]); "
+                "to ask in text, put tokenizer.json into the checkpoint and export again"
+            )
         return self.tokenizer
 
     def _id(self, item: Any) -> int:

@@ -25,7 +25,7 @@ from tests.published import EXPECTED, make_checkpoint
 def localdepth(*arguments: object, stdin: bytes | None = None, env: dict[str, str] | None = None) -> Any:
     """Run the command; its result with text output."""
     done = subprocess.run(
-        [sys.executable, "-m", "localdepth.cli", *map(str, arguments)],
+        [sys.executable, "-m", "localdepth", *map(str, arguments)],
         input=stdin,
         capture_output=True,
         env={**os.environ, "COLUMNS": "100", **(env or {})},
@@ -116,7 +116,7 @@ def test_errors_are_json_too(model_file: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_output_that_cannot_be_written_is_a_machine_error(model_file: Path) -> None:
-    command = f"{sys.executable} -m localdepth.cli ask 'the cat' --model {model_file} --max-tokens 4"
+    command = f"{sys.executable} -m localdepth ask 'the cat' --model {model_file} --max-tokens 4"
     for redirection in ("> /dev/full", ">&-"):
         done = subprocess.run(["bash", "-c", f"{command} {redirection}"], capture_output=True, text=True)
         assert done.returncode == 3, done.stderr
@@ -171,7 +171,7 @@ def test_files_that_cannot_be_used_exit_with_two(tmp_path: Path, model_file: Pat
 def test_an_interrupted_answer_exits_with_130(model_file: Path) -> None:
     arguments = ["ask", "the cat sat", "--model", str(model_file), "--depth", "64", "--engine", "toy"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "localdepth.cli", *arguments, "--max-tokens", "50"],
+        [sys.executable, "-m", "localdepth", *arguments, "--max-tokens", "50"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -184,7 +184,7 @@ def test_an_interrupted_answer_exits_with_130(model_file: Path) -> None:
 
 
 def test_a_reader_that_leaves_is_no_error(model_file: Path) -> None:
-    command = f"{sys.executable} -m localdepth.cli ask 'the cat' --model {model_file} --max-tokens 40 | true"
+    command = f"{sys.executable} -m localdepth ask 'the cat' --model {model_file} --max-tokens 40 | true"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert done.returncode == 0
@@ -212,7 +212,8 @@ def test_export_verify_and_ask_a_published_checkpoint(tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path / "other", "retrofit_llama", seed=9)
     done = localdepth("verify", file, other, "--no-record")
     assert done.returncode == 1
-    assert "BEYOND" in done.stdout
+    assert "FAILED" in done.stdout
+    assert "export it again" in done.stdout
 
 
 def test_exporting_what_is_no_checkpoint_exits_with_two(tmp_path: Path) -> None:
@@ -286,3 +287,34 @@ def test_commands_fit_a_narrow_terminal(model_file: Path) -> None:
         done = localdepth(*arguments, env=narrow)
         assert done.returncode in (0, 1)
         assert "Traceback" not in done.stderr
+
+
+def test_writing_over_a_device_is_refused(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", "huginn")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    done = localdepth("export", "gguf", checkpoint, "-o", pipe)
+    assert done.returncode == 3
+    assert "device" in done.stderr
+    assert pipe.is_fifo()
+
+
+def test_a_reader_that_leaves_early_is_no_error_for_tables_either(model_file: Path) -> None:
+    command = f"{sys.executable} -m localdepth inspect {model_file} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_closed_standard_input_is_refused(model_file: Path) -> None:
+    command = f"{sys.executable} -m localdepth ask - --model {model_file} <&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_paths_no_system_takes_are_refused_with_the_object() -> None:
+    for path in ("a" * 5000, ""):
+        done = localdepth("ask", "hi", "--model", path, "--json")
+        assert done.returncode == 2, done.stderr
+        assert one_line(done)["error"]["type"] == "ModelFileError"

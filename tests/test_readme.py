@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from localdepth.model import load
+from localdepth_train.families import FAMILIES
+from localdepth_train.off_topic import REFUSAL
 from localdepth_train.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -21,9 +24,7 @@ def blocks(language: str) -> list[str]:
 def run(command: str) -> "subprocess.CompletedProcess[str]":
     words = shlex.split(command.replace(".venv/bin/", ""))
     assert words[0] == "localdepth"
-    return subprocess.run(
-        [sys.executable, "-m", "localdepth.cli", *words[1:]], capture_output=True, text=True, cwd=ROOT
-    )
+    return subprocess.run([sys.executable, "-m", "localdepth", *words[1:]], capture_output=True, text=True, cwd=ROOT)
 
 
 def examples() -> list[tuple[str, str]]:
@@ -42,8 +43,16 @@ def test_two_commands_set_up_a_fresh_machine() -> None:
 def test_the_main_command_answers_on_the_default_model() -> None:
     done = run(blocks("sh")[0].split("&&")[-1].strip())
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "It is Fay.\n"
+    assert done.stdout == "It is 0.\n"
     assert "depth 16, chosen by request" in done.stderr
+
+
+def test_every_kind_of_question_shown_is_known() -> None:
+    rows = dict(re.findall(r"^\| (\w+) \| (.*?\?)", README, re.MULTILINE))
+    assert set(FAMILIES) <= set(rows)
+    with load() as model:
+        for family in FAMILIES:
+            assert model.generate(rows[family]).text != REFUSAL, family
 
 
 @pytest.mark.parametrize(("command", "answer"), examples())

@@ -151,7 +151,7 @@ def _parse(path: str | os.PathLike[str], number: int, line: str) -> Asked:
         record = json.loads(line)
         text, answer = record["question"], record["answer"]
         family, steps = record.get("family", "all"), record.get("steps", 0)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(f'{path}, line {number}: not a record with "question" and "answer" ({error})') from error
     if not all(isinstance(value, str) for value in (text, answer, family)) or not isinstance(steps, int):
         raise RequestError(f"{path}, line {number}: question, answer and family are texts, steps is a whole number")

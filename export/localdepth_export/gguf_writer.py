@@ -6,6 +6,7 @@ here, because ``GGUFWriter`` hands them to ``ndarray.tofile``, which forgets tha
 did not fit on the disk and so leaves a model with a hole in it.
 """
 
+import errno
 import io
 import os
 import secrets
@@ -226,8 +227,8 @@ def _replacing(path: Path) -> Iterator[_Output]:
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".localdepth-{secrets.token_hex(6)}.tmp")
     with _storage(path):
-        if target.is_dir():
-            raise StorageError(f"{path} is a directory; name the file to write")
+        if target.exists() and not target.is_file():
+            raise StorageError(f"{path} is a directory or a device; name the file to write")
         file = io.FileIO(temporary, "xb")
     try:
         with file:
@@ -249,4 +250,6 @@ def _storage(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error}; free space there or name another place") from error
+        remedies = {errno.ENOSPC: "free space there", errno.ENOENT: "make its folder first"}
+        remedy = remedies.get(error.errno or 0, "name another place")
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}; {remedy}") from error

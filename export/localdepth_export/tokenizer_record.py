@@ -59,7 +59,7 @@ def _json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 def _parse(checkpoint: Checkpoint, name: str, text: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint.path / name} is not valid JSON: {error}; download it again") from error
     if not isinstance(record, dict):
         raise CheckpointError(f"{checkpoint.path / name} must hold a JSON object; download it again")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from localdepth.config import ModelConfig
 from localdepth.engine.base import F32, Engine, Ids, KvType, Limits
 from localdepth.engine.ggml.engine import GgmlEngine
-from localdepth.errors import ConfigError, MissingExtra
+from localdepth.errors import ConfigError, MissingExtra, install_line
 from localdepth.gguf import Check, CheckStatus, GgufFile, TokenizerRecord, read
 from localdepth.loop import forward
 from localdepth.model import default_threads
@@ -80,6 +80,20 @@ class Report:
         """True when every tensor is right and every depth stays within the bound."""
         return self.check.status is CheckStatus.VERIFIED
 
+    @property
+    def verdict(self) -> str:
+        """The result in words, with what to do where it is bad."""
+        if self.wrong_tensors:
+            named = ", ".join(self.wrong_tensors[:4]) + (", ..." if len(self.wrong_tensors) > 4 else "")
+            return (
+                f"FAILED: {len(self.wrong_tensors)} tensors ({named}) do not hold the checkpoint's numbers; "
+                "the file is damaged or comes from another checkpoint, export it again"
+            )
+        limits = f"KL {self.bound.kl:g}" + (f", max abs {self.bound.max_abs:g}" if self.quant is Quant.F32 else "")
+        if self.passed:
+            return f"verified: stored numbers are exact to half a step of {self.quant}, logits within {limits}"
+        return f"FAILED: beyond {limits} at some depth; this model does not bear {self.quant}, export as F16 or F32"
+
 
 def verify(
     file: str | os.PathLike[str],
@@ -104,7 +118,7 @@ def verify(
     try:
         from localdepth_train.reference_engine import ReferenceEngine
     except ModuleNotFoundError as error:
-        raise MissingExtra('verifying needs torch; install it: pip install "localdepth[train]"') from error
+        raise MissingExtra(f"verifying needs torch; install it: {install_line('train')}") from error
     if not depths:
         raise ConfigError("no depths to compare; pass at least one")
     source = Checkpoint(checkpoint)

@@ -53,7 +53,7 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.is_dir():
+        if not os.path.isdir(self.path):
             raise CheckpointError(f"{self.path} is not a directory; pass the folder that holds config.json")
         record = _read_json(self.path / "config.json")
         self._tensors = {name: stored for file in _shards(self.path) for name, stored in _contents(file)}
@@ -175,7 +175,7 @@ def _read_text(file: Path) -> str:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         record = json.loads(_read_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(record, dict):
         raise CheckpointError(f"{file} must hold a JSON object, got {type(record).__name__}")

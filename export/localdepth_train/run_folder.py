@@ -63,10 +63,11 @@ class RunFolder:
 
     def rewind_log(self, step: int) -> None:
         """Drop what a killed run logged after ``step``."""
-        lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.exists() else []
         try:
+            text = self._log.read_text(encoding="utf-8") if self._log.exists() else ""
+            lines = text[: text.rfind("\n") + 1].splitlines()  # a killed run may leave a torn last line
             kept = [line for line in lines if json.loads(line)["step"] <= step]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise TrainError(f"{self._log} holds a line that is no record: {error}; remove the folder") from error
         self._log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 

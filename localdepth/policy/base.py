@@ -66,7 +66,7 @@ class Decision:
     exit: Exit | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.floor <= self.ceiling:
+        if not (isinstance(self.floor, int) and isinstance(self.ceiling, int) and 1 <= self.floor <= self.ceiling):
             raise DepthError(
                 f"a decision needs 1 <= floor <= ceiling, got {self.floor} and {self.ceiling}; fix the policy"
             )

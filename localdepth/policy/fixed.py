@@ -59,11 +59,15 @@ def as_policy(depth: int | str | DepthPolicy, config: ModelConfig) -> DepthPolic
 def _from_word(word: str, config: ModelConfig) -> DepthPolicy:
     if word == "auto":
         return FixedDepth(
-            depth=config.default_depth, chosen_by="default", reason="no router in this file: its default depth"
+            depth=config.default_depth,
+            chosen_by="default",
+            reason="no depth was asked for and this file has no router: its default",
         )
     known = words(config)
     if word not in known:
-        raise DepthError(f"depth={word!r} is not a number in 1..{config.max_depth} or one of auto, {', '.join(known)}")
+        raise DepthError(
+            f"depth={word!r} is neither a whole number in 1..{config.max_depth} nor one of auto, {', '.join(known)}"
+        )
     return FixedDepth(
         depth=known[word], chosen_by="request", reason=f"{word!r} means depth {known[word]} in this model"
     )

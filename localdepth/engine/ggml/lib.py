@@ -14,13 +14,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from localdepth.errors import EngineError, MissingExtra
+from localdepth.errors import EngineError, MissingExtra, install_line
 
 __all__ = ["F16", "F32", "I32", "I64", "INSTALL_LINE", "Ggml", "find_libraries", "library"]
 
 log = logging.getLogger(__name__)
 
-INSTALL_LINE: Final = 'pip install "localdepth[gguf]"'
+INSTALL_LINE: Final = install_line("gguf")
 # ggml's type ids for the tensors we make ourselves; those of weights come from the file's own table
 F32, F16, I32, I64 = 0, 1, 26, 27
 
@@ -146,7 +146,10 @@ def library() -> Ggml:
     """
     folder = find_libraries()
     if folder is None:
-        raise MissingExtra(f"running GGUF files needs llama-cpp-python's ggml libraries; install them: {INSTALL_LINE}")
+        raise MissingExtra(
+            f"running GGUF files needs llama-cpp-python's ggml libraries; install them: {INSTALL_LINE}; "
+            'or run them slowly without: engine="toy" (--engine toy)'
+        )
     return Ggml(folder)
 
 
