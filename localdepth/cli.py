@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the check failed, 2 request or file refused, 3 the machine
 """
 
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from dataclasses import asdict
 from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
+from threading import Event
 from typing import Annotated, Any, ParamSpec
 
 import typer
@@ -276,22 +278,42 @@ def train_run(
     recipe: Annotated[Path, typer.Argument(help="TOML file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; a stopped run goes on there.")],
     as_json: JsonOption = False,
-) -> None:
-    """Train a model from a recipe; stop and run again to go on."""
+) -> int:
+    """Train a model from a recipe; Ctrl-C saves and stops, the same command goes on."""
     with _needs("train"):
         from localdepth_train.trainer import train
     from localdepth_train.recipe import load_recipe
 
     plan = load_recipe(recipe)
-    try:
-        report = train(plan, out, on_record=lambda record: _show_progress(record, plan.steps))
-    except KeyboardInterrupt:
-        console.notes.print(f"the run is saved every {plan.save_every} steps; the same command goes on from the last")
-        raise
+    with _stop_on_interrupt() as interrupted:
+        report = train(
+            plan, out, on_record=lambda record: _show_progress(record, plan.steps), should_stop=interrupted.is_set
+        )
+    if report.checkpoint is None:
+        console.notes.print(f"saved at step {report.steps} of {plan.steps}; the same command goes on from there")
+        return INTERRUPTED
     if as_json:
         console.emit({"steps": report.steps, "loss": report.loss, "checkpoint": str(report.checkpoint)})
     else:
         console.say.print(f"{report.steps} steps, loss {report.loss:.4f}, checkpoint {report.checkpoint}")
+    return 0
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[Event]:
+    """Let the first Ctrl-C only raise a flag, so that work in progress can be saved; a second one interrupts."""
+    flag = Event()
+
+    def raise_flag(_number: int, _frame: object) -> None:
+        console.notes.print("stopping after this step; press Ctrl-C again to lose it")
+        flag.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, raise_flag)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _show_progress(record: Mapping[str, Any], n_steps: int) -> None:

@@ -273,6 +273,23 @@ def test_train_runs_a_recipe_and_goes_on(tmp_path: Path) -> None:
     assert localdepth("train", "run", tmp_path / "recipe.toml", "-o", tmp_path / "run").returncode == 2
 
 
+def test_an_interrupted_training_run_is_saved_and_goes_on(tmp_path: Path) -> None:
+    recipe = (ROOT / "export" / "localdepth_train" / "recipes" / "default.toml").read_text()
+    small = re.sub(r"^(batch_size|micro_batches|threads|log_every) = \d+", r"\1 = 1", recipe, flags=re.MULTILINE)
+    (tmp_path / "recipe.toml").write_text(small)
+    command = [sys.executable, "-m", "localdepth", "train", "run", str(tmp_path / "recipe.toml"), "-o"]
+    for seen in ("step 1 of", "step "):
+        process = subprocess.Popen([*command, str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert line.startswith(seen)
+        assert line.startswith("step 1 of") == (seen == "step 1 of")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+        assert process.returncode == 130
+        assert "the same command goes on from there" in errors
+
+
 def test_doctor_answers_for_people_and_programs() -> None:
     done = localdepth("doctor", "--json")
     record = one_line(done)

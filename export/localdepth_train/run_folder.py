@@ -48,8 +48,10 @@ class RunFolder:
             return None
         try:
             state: dict[str, Any] = torch.load(file, weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             raise TrainError(f"cannot read {file}: {error}; remove the folder to start over") from error
+        if not isinstance(state, dict) or not {"recipe", "step", "model", "optimizers", "curriculum"} <= set(state):
+            raise TrainError(f"{file} is not the state of a run; remove the folder to start over")
         return state
 
     def write_state(self, state: Mapping[str, Any]) -> None:

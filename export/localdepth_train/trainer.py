@@ -58,12 +58,14 @@ def train(
     *,
     until: int | None = None,
     on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Report:
     """Run ``recipe`` in ``folder``, going on from what a stopped run left there.
 
     Args:
         until: stop after this step with everything saved; None runs to the recipe's end.
         on_record: sees every record of the log as it is written, for progress.
+        should_stop: asked after every step; once true, the run is saved and ends early, to be gone on with.
     Raises:
         TrainError: when the folder belongs to another recipe, or the loss is no longer a number.
         StorageError: when the folder cannot be written.
@@ -75,7 +77,8 @@ def train(
     run.rewind_log(trainer.step)
     loss, accuracy = math.nan, Accuracy()
     last = recipe.steps if until is None else min(until, recipe.steps)
-    while trainer.step < last:
+    stopped = False
+    while trainer.step < last and not stopped:
         record = trainer.advance()
         step, loss = trainer.step, record["loss"]
         if step % recipe.log_every == 0:
@@ -86,7 +89,8 @@ def train(
             summary = {"step": step, **_summary(accuracy)}
             run.log(summary)
             on_record(summary)
-        if step % recipe.save_every == 0 or step == last:
+        stopped = should_stop()
+        if step % recipe.save_every == 0 or step == last or stopped:
             run.write_state(trainer.state())
     done = trainer.step == recipe.steps
     return Report(trainer.step, loss, accuracy, trainer.export(run.checkpoint) if done else None)
