@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import pytest
 
 from localdepth.engine.ggml.quantize import quantize
 from localdepth.engine.toy import random_weights
-from localdepth.gguf import read
+from localdepth.gguf import TokenizerRecord, read
 from localdepth.model import load
 from localdepth.quant import Quant
 from localdepth_export.gguf_writer import write
 from localdepth_train.families import FAMILIES
-from tests.conftest import ROOT
+from tests.conftest import ROOT, tokenizer_json
 from tests.published import EXPECTED, make_checkpoint
 
 
@@ -168,12 +169,16 @@ def test_files_that_cannot_be_used_exit_with_two(tmp_path: Path, model_file: Pat
     assert localdepth("ask", "hi", "--model", tmp_path).returncode == 2
 
 
-def test_an_interrupted_answer_exits_with_130(model_file: Path) -> None:
-    arguments = ["ask", "the cat sat", "--model", str(model_file), "--depth", "64", "--engine", "toy"]
+def test_an_interrupted_answer_exits_with_130(tmp_path: Path) -> None:
+    config = replace(EXPECTED["huginn"], n_vocab=300, n_ctx=4096)
+    weights = random_weights(config, 0)
+    quants = dict.fromkeys(weights, Quant.F32)
+    endless = TokenizerRecord(tokenizer_json(), bos=0, eos=(), add_bos=True)  # no token ends an answer
+    stored = ((name, quantize(weights[name], Quant.F32)) for name in quants)
+    write(tmp_path / "m.gguf", config, quants, stored, tokenizer=endless)
+    arguments = ["ask", "the cat sat", "--model", str(tmp_path / "m.gguf"), "--max-tokens", "4000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "localdepth", *arguments, "--max-tokens", "50"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        [sys.executable, "-m", "localdepth", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert process.stdout is not None
     process.stdout.read(1)  # the answer has begun
