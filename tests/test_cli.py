@@ -178,7 +178,10 @@ def test_an_interrupted_answer_exits_with_130(tmp_path: Path) -> None:
     write(tmp_path / "m.gguf", config, quants, stored, tokenizer=endless)
     arguments = ["ask", "the cat sat", "--model", str(tmp_path / "m.gguf"), "--max-tokens", "4000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "localdepth", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "localdepth", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
     )
     assert process.stdout is not None
     process.stdout.read(1)  # the answer has begun
