@@ -50,6 +50,9 @@ class PromptReader:
         if record is None:
             return
         self.tokenizer = build_tokenizer(record, n_vocab)
+        names = filter(None, self.tokenizer.control_names)
+        # a mark of the user's own is hidden too, so that it cannot stand for another
+        self._hidden = re.compile("|".join((_MARK.pattern, *map(re.escape, names))))
         if record.chat_template is not None:
             bos = "" if record.bos is None else self.tokenizer.token(record.bos)
             eos = self.tokenizer.token(record.eos[0]) if record.eos else ""
@@ -95,7 +98,7 @@ class PromptReader:
         tokenizer = self._need_tokenizer()
         if self.template is None:
             raise PromptError("this model file has no chat template; pass the prompt as text or token ids")
-        veil = _Veil(tokenizer.control_names)
+        veil = _Veil(self._hidden)
         rendered = self.template.render(
             [{**message, "content": veil.hide(message.get("content"))} for message in messages]
         )
@@ -125,16 +128,13 @@ class _Veil:
     rendered text is cut at the marks, and the names are encoded as the plain text they are.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+    def __init__(self, hidden: "re.Pattern[str]") -> None:
+        self._pattern = hidden
         self._hidden: list[str] = []
 
     def hide(self, content: Any) -> Any:
         """The message with marks; what is no text is left for the template to judge."""
-        if not isinstance(content, str):
-            return content
-        # a mark of the user's own is a name too, so that it cannot stand for another
-        return re.sub(f"{_MARK.pattern}|{self._names.pattern}", self._mark, content)
+        return self._pattern.sub(self._mark, content) if isinstance(content, str) else content
 
     def parts(self, rendered: str) -> list[tuple[str, bool]]:
         """Pieces of the rendered text, and whether names of control tokens count in them."""

@@ -9,12 +9,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from localdepth.engine.ggml.quantize import quantize
 from localdepth.engine.toy import random_weights
 from localdepth.gguf import TokenizerRecord
 from localdepth.model import Model, load
-from localdepth.quant import Quant
-from localdepth_export.gguf_writer import write
+from tests import engines
 from tests.published import EXPECTED
 
 ROOT = Path(__file__).parent.parent
@@ -52,12 +50,9 @@ def tokenizer_json() -> str:
 def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Huginn-shaped model with random weights, tokenizer and chat template, as F32."""
     config = replace(EXPECTED["huginn"], n_vocab=300, n_ctx=64)
-    weights = random_weights(config, seed=3)
     record = TokenizerRecord(tokenizer_json(), bos=0, eos=(1,), add_bos=True, chat_template=TEMPLATE)
     path = tmp_path_factory.mktemp("model") / "model.gguf"
-    quants = dict.fromkeys(config.tensors(), Quant.F32)
-    write(path, config, quants, ((name, quantize(weights[name], Quant.F32)) for name in quants), tokenizer=record)
-    return path
+    return engines.write_model(path, config, random_weights(config, seed=3), tokenizer=record)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from localdepth.engine.base import F32, Engine, KvType, Limits
 from localdepth.engine.ggml.engine import GgmlEngine
 from localdepth.engine.ggml.quantize import quantize
 from localdepth.engine.toy import ToyEngine
-from localdepth.gguf import read
+from localdepth.gguf import Provenance, TokenizerRecord, read
 from localdepth.loop import forward
 from localdepth.policy.base import Decision
 from localdepth.quant import Quant
@@ -32,10 +32,18 @@ def reference_of(config: ModelConfig, weights: Mapping[str, F32]) -> ReferenceMo
     return model.eval()
 
 
-def write_model(path: Path, config: ModelConfig, weights: Mapping[str, F32], quant: Quant = Quant.F32) -> Path:
+def write_model(
+    path: Path,
+    config: ModelConfig,
+    weights: Mapping[str, F32],
+    quant: Quant = Quant.F32,
+    tokenizer: TokenizerRecord | None = None,
+    provenance: Provenance | None = None,
+) -> Path:
     """A GGUF file; tensors that cannot hold ``quant`` are float32."""
     quants = {name: quant if quant.fits(shape) else Quant.F32 for name, shape in config.tensors().items()}
-    write(path, config, quants, ((name, quantize(weights[name], quants[name])) for name in quants))
+    stored = ((name, quantize(weights[name], quants[name])) for name in quants)
+    write(path, config, quants, stored, tokenizer=tokenizer, provenance=provenance)
     return path
 
 

@@ -12,13 +12,11 @@ from typing import Any
 
 import pytest
 
-from localdepth.engine.ggml.quantize import quantize
 from localdepth.engine.toy import random_weights
 from localdepth.gguf import TokenizerRecord, read
 from localdepth.model import load
-from localdepth.quant import Quant
-from localdepth_export.gguf_writer import write
 from localdepth_train.families import FAMILIES
+from tests import engines
 from tests.conftest import ROOT, tokenizer_json
 from tests.published import EXPECTED, make_checkpoint
 
@@ -133,9 +131,7 @@ def test_any_locale_prints_any_text(model_file: Path) -> None:
 def test_text_from_a_file_cannot_steer_the_terminal(tmp_path: Path) -> None:
     config = EXPECTED["huginn"]
     weights = random_weights(config, 0)
-    quants = dict.fromkeys(weights, Quant.F32)
-    stored = ((name, quantize(weights[name], Quant.F32)) for name in quants)
-    write(tmp_path / "m.gguf", config, quants, stored, provenance={"source": "\x1b]0;owned\x07\x9b2J"})
+    engines.write_model(tmp_path / "m.gguf", config, weights, provenance={"source": "\x1b]0;owned\x07\x9b2J"})
     shown = localdepth("inspect", tmp_path / "m.gguf").stdout
     assert "\\x1b]0;owned" in shown
     assert not set(shown) & {"\x1b", "\x07", "\x9b"}
@@ -171,11 +167,8 @@ def test_files_that_cannot_be_used_exit_with_two(tmp_path: Path, model_file: Pat
 
 def test_an_interrupted_answer_exits_with_130(tmp_path: Path) -> None:
     config = replace(EXPECTED["huginn"], n_vocab=300, n_ctx=4096)
-    weights = random_weights(config, 0)
-    quants = dict.fromkeys(weights, Quant.F32)
     endless = TokenizerRecord(tokenizer_json(), bos=0, eos=(), add_bos=True)  # no token ends an answer
-    stored = ((name, quantize(weights[name], Quant.F32)) for name in quants)
-    write(tmp_path / "m.gguf", config, quants, stored, tokenizer=endless)
+    engines.write_model(tmp_path / "m.gguf", config, random_weights(config, 0), tokenizer=endless)
     arguments = ["ask", "the cat sat", "--model", str(tmp_path / "m.gguf"), "--max-tokens", "4000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "localdepth", *arguments],

@@ -12,14 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localdepth.config import ModelConfig
-from localdepth.engine.base import F32, Engine, Ids, KvType, Limits
+from localdepth.engine.base import F32, KvType, Limits
 from localdepth.engine.ggml.engine import GgmlEngine
 from localdepth.errors import ConfigError, MissingExtra, install_line
 from localdepth.gguf import Check, CheckStatus, GgufFile, TokenizerRecord, read
-from localdepth.loop import forward
-from localdepth.model import default_threads
-from localdepth.policy.base import Decision
-from localdepth.prompt import build_tokenizer
+from localdepth.model import Model, default_threads
+from localdepth.prompt import PromptReader, build_tokenizer
 from localdepth.quant import Quant
 from localdepth_export.gguf_writer import write_check
 from localdepth_train.checkpoint import Checkpoint
@@ -130,11 +128,11 @@ def verify(
         wrong = tuple(name for name, info in model.tensors.items() if not _is_stored(model, source, name, info.quant))
         ids = _tokens(model.config, text, model.tokenizer)
         limits = Limits(n_ctx=len(ids), kv_depth=max(depths), kv_type=KvType.F32, n_threads=default_threads())
-        engine = GgmlEngine(model, limits)
-        stack.callback(engine.close)
-        reference = ReferenceEngine.from_checkpoint(source, n_ctx=len(ids))
-        expected = [_logits(reference, ids, depth) for depth in depths]
-        rows = [_compare(_logits(engine, ids, depth), e) for depth, e in zip(depths, expected, strict=True)]
+        no_text = PromptReader(None, model.config.n_vocab)
+        ours = stack.enter_context(Model(GgmlEngine(model, limits), no_text))
+        theirs = Model(ReferenceEngine.from_checkpoint(source, n_ctx=len(ids)), no_text)
+        expected = [theirs.logits(ids, depth=depth) for depth in depths]
+        rows = [_compare(ours.logits(ids, depth=depth), e) for depth, e in zip(depths, expected, strict=True)]
     max_abs, kl, top1 = (tuple(column) for column in zip(*rows, strict=True))
     bound = BOUNDS[quant]
     scale = max(1.0, *(float(logits.std()) for logits in expected))
@@ -161,29 +159,20 @@ def _same_model(ours: ModelConfig, theirs: ModelConfig, file: object, checkpoint
         raise ConfigError(f"{file} was not made from {checkpoint}: {', '.join(differing[:4])}")
 
 
-def _tokens(config: ModelConfig, text: str | None, record: TokenizerRecord | None) -> Ids:
+def _tokens(config: ModelConfig, text: str | None, record: TokenizerRecord | None) -> list[int]:
     limit = min(config.n_ctx, _MAX_TOKENS)
     if text is None:
         rng = np.random.default_rng(0)
-        return rng.integers(0, config.n_vocab, min(_N_TOKENS, limit), dtype=np.int32)
+        return [int(i) for i in rng.integers(0, config.n_vocab, min(_N_TOKENS, limit), dtype=np.int32)]
     if record is None:
         raise ConfigError("the file has no tokenizer, so it cannot be verified on a text; leave the text out")
-    return np.array(build_tokenizer(record, config.n_vocab).encode(text)[:limit], np.int32)
+    return build_tokenizer(record, config.n_vocab).encode(text)[:limit]
 
 
 def _coarsest(quants: Set[Quant]) -> Quant:
     if unknown := sorted(quants - set(BOUNDS)):
         raise ConfigError(f"this version cannot judge {', '.join(unknown)}; it verifies {', '.join(BOUNDS)}")
     return max(quants, key=list(BOUNDS).index)
-
-
-def _logits(engine: Engine, ids: Ids, depth: int) -> F32:
-    decision = Decision(floor=depth, ceiling=depth, chosen_by="verify", reason="a measurement")
-    kv = engine.open(depth)
-    try:
-        return forward(engine, kv, ids, decision, "all")[0]
-    finally:
-        kv.close()
 
 
 def _compare(ours: F32, reference: F32) -> tuple[float, float, float]:

@@ -27,8 +27,10 @@ __all__ = [
     "Rows",
     "Span",
     "check_open",
+    "check_pass",
     "check_span",
     "initial_state",
+    "n_slots",
 ]
 
 F32 = npt.NDArray[np.float32]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from localdepth.config import Injection, ModelConfig
+from localdepth.config import STAGES, Injection, ModelConfig
 from localdepth.engine.base import KvType, Limits
 from localdepth.engine.ggml import lib as ggml
 from localdepth.engine.ggml.handles import Backend, Graph, TensorGroup, aligned_zeros
@@ -61,7 +61,7 @@ class GgmlKv:
         self._backend, self._config, self._limits = backend, config, limits
         self.max_depth = max_depth
         self.depths: list[int] = []
-        self._planes: dict[tuple[str, int], _Planes] = {}
+        self._planes: dict[str, list[_Planes]] = {stage: [] for stage in STAGES}  # by pass in the core, else one
         self._lane: TensorGroup | None = None
         self._graphs: OrderedDict[tuple[object, ...], Graph] = OrderedDict()
         self.busy = False  # a span is open
@@ -80,22 +80,21 @@ class GgmlKv:
 
     def tensors(self, stage: str, index: int) -> TensorGroup:
         """Tensors ``{layer}.k`` and ``{layer}.v`` of one plane, made on first use."""
-        while (stage, index) not in self._planes:
-            made = sum(1 for name, _ in self._planes if name == stage)
+        made = self._planes[stage]
+        while len(made) <= index:
             planes = _Planes(self._backend, self._config, self._limits, self._config.n_layer(stage))
-            if stage == "core" and made:  # every committed position stopped before this plane existed
-                planes.array[:, :, : self.n] = self._planes["core", made - 1].array[:, :, : self.n]
-            self._planes[stage, made] = planes
-        return self._planes[stage, index].tensors
+            if made:  # every committed position stopped before this plane existed
+                planes.array[:, :, : self.n] = made[-1].array[:, :, : self.n]
+            made.append(planes)
+        return made[index].tensors
 
     def commit(self, n: int, depth: int) -> None:
         """Let ``n`` new positions join at ``depth``, visible from deeper passes through their last plane."""
-        ring, start = self._limits.ring, self.n
-        made = sum(1 for name, _ in self._planes if name == "core")
-        if depth < n_planes(self.max_depth, ring):
-            last = self._planes["core", depth - 1].array[:, :, start : start + n]
-            for index in range(depth, made):
-                self._planes["core", index].array[:, :, start : start + n] = last
+        new = slice(self.n, self.n + n)
+        core = self._planes["core"]
+        if depth < n_planes(self.max_depth, self._limits.ring):
+            for deeper in core[depth:]:
+                deeper.array[:, :, new] = core[depth - 1].array[:, :, new]
         self.depths += [depth] * n
 
     def graph(self, key: tuple[object, ...], build: Callable[[], Graph]) -> Graph:
@@ -120,19 +119,21 @@ class GgmlKv:
 
     def fork(self, n: int) -> "GgmlKv":
         twin = GgmlKv(self._backend, self._config, self._limits, self.max_depth)
-        for (stage, index), planes in self._planes.items():
-            twin.tensors(stage, index)
-            twin._planes[stage, index].array[:, :, :n] = planes.array[:, :, :n]
+        for stage, made in self._planes.items():
+            for index, planes in enumerate(made):
+                twin.tensors(stage, index)
+                twin._planes[stage][index].array[:, :, :n] = planes.array[:, :, :n]
         twin.depths = self.depths[:n]
         return twin
 
     def close(self) -> None:
         self.closed = True
         self.forget_graphs()
-        for planes in self._planes.values():
-            planes.tensors.close()
+        for made in self._planes.values():
+            for planes in made:
+                planes.tensors.close()
+            made.clear()
         if self._lane is not None:
             self._lane.close()
-        self._planes.clear()
         self._lane = None
         self.depths.clear()

@@ -1,5 +1,7 @@
 """The model's weights as ggml tensors, copied once out of the file."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from localdepth.config import ModelConfig, RopeScaling
@@ -30,5 +32,5 @@ def load_weights(backend: Backend, file: GgufFile) -> TensorGroup:
 
 
 def _rope_factors(config: ModelConfig) -> F32:
-    plain = config.rope_base ** (-2 * np.arange(config.head_dim // 2) / config.head_dim)
-    return np.asarray(plain / np.array(config.rope_frequencies()), np.float32)
+    plain = replace(config, rope_scaling=RopeScaling.NONE).rope_frequencies()
+    return np.asarray(np.array(plain) / np.array(config.rope_frequencies()), np.float32)
