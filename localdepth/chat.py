@@ -35,18 +35,22 @@ _ALLOWANCE = 1 << 24  # characters and steps of one rendering, plus 64 times the
 _STEP = 16  # what any operation costs, and every item of a list
 _MAX_INT_BITS = 4096
 _CPU_SECONDS = 0.5  # of this thread alone, plus a microsecond for each character of the messages
+_MAX_SEARCH = 1 << 26  # characters of a text times those of what is looked for
 _ADVICE = "pass a plain text prompt instead"
 
-# Methods and filters that cannot make a value much larger than what they are given.
+# Methods and filters that cannot make a value much larger than what they are given, nor take long.
 _METHODS = frozenset(
     """capitalize changed copy count cycle endswith find get index isalnum isalpha isdecimal isdigit islower isnumeric
-    isspace istitle isupper items keys lower lstrip partition removeprefix removesuffix rfind rindex rpartition rsplit
-    rstrip split splitlines startswith strip swapcase title upper values""".split()  # noqa: SIM905
+    isspace istitle isupper items keys lower partition removeprefix removesuffix split splitlines startswith swapcase
+    title upper values""".split()  # noqa: SIM905
 )
 _FILTERS = frozenset(
     """abs capitalize count d default dictsort first float int items last length list lower map max min reject
-    rejectattr reverse select selectattr sort string title trim unique upper""".split()  # noqa: SIM905
+    rejectattr reverse select selectattr sort string title unique upper""".split()  # noqa: SIM905
 )
+
+# Text methods that compare every character with every one of their argument.
+_SEARCHES = frozenset(["lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip"])
 
 
 class ChatTemplate:
@@ -143,8 +147,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         }
         filters: dict[str, Callable[..., Any]] = {name: FILTERS[name] for name in _FILTERS}
         filters |= {"indent": self._indent, "join": self._join_items, "replace": self._replace, "safe": str}
-        filters["tojson"] = self._tojson
+        filters |= {"tojson": self._tojson, "trim": self._trim}
         self.filters = {name: self._charged(function) for name, function in filters.items()}
+        self.tests = {name: self._charged(function) for name, function in self.tests.items()}
 
     def charge(self, value: Any) -> Any:
         """Pay for ``value`` with all it contains and return it; an iterator pays as it is used."""
@@ -194,9 +199,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return self.charge(super().call_binop(context, operator, left, right))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """Text gets our own of the two methods that can make it much longer."""
+        """Text gets our own of the methods that can make it much longer or take much time."""
         if isinstance(obj, str) and attribute in {"join", "replace"}:
             return functools.partial(self._join if attribute == "join" else self._replace, obj)
+        if isinstance(obj, str) and attribute in _SEARCHES:
+            return functools.partial(self._search, obj, attribute)
         return super().getattr(obj, attribute)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -249,6 +256,18 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self._admit(len(whole) + (found if limit < 0 else min(found, limit)) * len(new))
         return whole.replace(old, new, limit)
 
+    def _search(self, text: str, method: str, *args: Any, **kwargs: Any) -> Any:
+        wanted = next((value for value in (*args, *kwargs.values()) if isinstance(value, str)), "")
+        if len(text) * len(wanted) > _MAX_SEARCH:
+            raise TemplateError(
+                f"the file's chat template looks for {len(wanted)} in {len(text)} characters; {_ADVICE}"
+            )
+        return getattr(text, method)(*args, **kwargs)
+
+    def _trim(self, text: Any, chars: str | None = None) -> str:
+        stripped: str = self._search(str(text), "strip", chars)
+        return stripped
+
     def _indent(self, text: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> Any:
         margin = width if isinstance(width, int) else len(width)
         self._admit(len(str(text)) + margin * (1 + len(str(text).splitlines())))
@@ -258,11 +277,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self,
         value: Any,
         ensure_ascii: bool = False,
-        indent: int | None = None,
+        indent: int | str | None = None,
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
-        self._admit((indent or 0) * sys.getrecursionlimit())  # the widest margin there can be
+        margin = len(indent) if isinstance(indent, str) else indent or 0
+        self._admit(margin * sys.getrecursionlimit())  # the widest there can be
         encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
         return self._join("", encoder.iterencode(value))
 

@@ -6,14 +6,14 @@ import math
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from itertools import count
 from typing import Any
 
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -29,9 +29,12 @@ __all__ = [
     "say",
     "shade",
     "show_facts",
+    "show_list",
     "show_table",
     "speak_utf8",
     "ticking",
+    "tracking",
+    "waiting",
 ]
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -45,8 +48,9 @@ class _Console(Console):
         raise SystemExit(0)
 
 
-say = _Console(highlight=False)  # standard output
-notes = _Console(stderr=True, highlight=False)
+# brackets and colons in names and texts mean nothing here
+say = _Console(highlight=False, markup=False, emoji=False)  # standard output
+notes = _Console(stderr=True, highlight=False, markup=False, emoji=False)
 for _console in (say, notes):  # words wrap for a person; a pipe gets whole lines
     _console.soft_wrap = not _console.is_terminal
 
@@ -106,8 +110,26 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], tit
         made.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         made.add_row(*(Text(plain(cell)) if isinstance(cell, str) else cell for cell in row))
-    natural = Measurement.get(say, say.options.update(max_width=10_000), made).maximum
-    _Console(width=natural, highlight=False).print(made, crop=False)
+    _print_whole(made, say)
+
+
+def _print_whole(table: Table, to: Console) -> None:
+    natural = Measurement.get(to, to.options.update(max_width=10_000), table).maximum
+    _Console(width=natural, highlight=False, stderr=to.stderr).print(table, crop=False)
+
+
+def show_list(rows: Sequence[Sequence[str | Text]], to: Console = say) -> None:
+    """Print rows whose last column wraps beside the others; a pipe gets whole lines."""
+    made = Table.grid(padding=(0, 2, 0, 0))
+    for _ in rows[0][:-1]:
+        made.add_column(no_wrap=True)
+    made.add_column(overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(plain(cell)) if isinstance(cell, str) else cell for cell in row))
+    if to.is_terminal:
+        to.print(made)
+    else:
+        _print_whole(made, to)
 
 
 def show_facts(facts: Mapping[str, str]) -> None:
@@ -127,10 +149,37 @@ def shade(share: float) -> Text:
 @contextmanager
 def ticking(label: str, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar on standard error, shown only where a person looks; yields what moves it on by one."""
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    n_done = count(1)
+    with tracking(label) as show:
+        yield lambda: show(next(n_done), total)
+
+
+@contextmanager
+def tracking(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar as ``ticking`` shows, for work that knows itself how far it is; yields what takes done and total."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn  # takes 10 ms
+
+    columns = (TextColumn(label), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as progress:
-        task = progress.add_task(label, total=total)
-        yield partial(progress.advance, task)
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def waiting(label: str) -> Iterator[None]:
+    """A spinner on standard error, shown only where a person looks, once half a second has passed."""
+    if not notes.is_terminal:
+        yield
+        return
+    status = notes.status(label)
+    timer = threading.Timer(0.5, status.start)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # it may be starting the spinner just now
+        status.stop()
 
 
 def quiet_pipe() -> None:

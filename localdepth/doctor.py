@@ -10,7 +10,8 @@ from typing import Any
 
 from localdepth.engine.ggml.lib import INSTALL_LINE, find_libraries, library
 from localdepth.errors import LocalDepthError, ModelFileError, install_line
-from localdepth.model import default_threads, load
+from localdepth.model import load
+from localdepth.threads import idle_cores
 
 __all__ = ["Finding", "Health", "examine"]
 
@@ -63,7 +64,7 @@ def _machine() -> Finding:
     memory = ""
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB memory"
-    seen = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {default_threads()} for compute{memory}"
+    seen = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {idle_cores()} for compute{memory}"
     return Finding("machine", True, seen)
 
 

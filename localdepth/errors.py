@@ -12,15 +12,18 @@ to its exit code, a server to its status code; nobody parses messages.
     │   ├── ContextOverflow         prompt or answer beyond n_ctx
     │   ├── PromptError             empty, ill-typed or undecodable prompt
     │   ├── SamplingError           impossible sampling settings
-    │   └── TemplateError           a chat template that fails or misbehaves
+    │   ├── TemplateError           a chat template that fails or misbehaves
+    │   └── BatchError              those prompts of a batch that were refused
     ├── MissingExtra                an optional package is needed
     ├── TrainError                  a training run that must not go on
     └── MachineError                exit 3: the machine, not the request
         ├── EngineError             the engine or its native library failed
+        ├── OutOfMemory             more memory is needed than there is
         └── StorageError            disk or file system
 """
 
 __all__ = [
+    "BatchError",
     "CheckpointError",
     "ConfigError",
     "ContextOverflow",
@@ -30,6 +33,7 @@ __all__ = [
     "MachineError",
     "MissingExtra",
     "ModelFileError",
+    "OutOfMemory",
     "PromptError",
     "RequestError",
     "SamplingError",
@@ -87,6 +91,22 @@ class TemplateError(RequestError):
     """The file's chat template failed, or did something the sandbox forbids."""
 
 
+class BatchError(RequestError):
+    """Some prompts of a batch were refused; all others have been answered.
+
+    Attributes:
+        errors: by the prompt's index in the batch.
+    """
+
+    def __init__(self, errors: dict[int, RequestError]) -> None:
+        index, first = next(iter(errors.items()))
+        super().__init__(
+            f"{len(errors)} of the prompts were refused, prompt {index} the first ({type(first).__name__}: {first}); "
+            "all others have been answered, see errors for the rest"
+        )
+        self.errors = errors
+
+
 class MissingExtra(LocalDepthError):
     """An optional package is needed; the message holds the line to type."""
 
@@ -103,6 +123,10 @@ class MachineError(LocalDepthError):
 
 class EngineError(MachineError):
     """An engine or its native library failed."""
+
+
+class OutOfMemory(MachineError):
+    """A model, or a request, needs more memory than the machine has; refused before it was taken."""
 
 
 class StorageError(MachineError):

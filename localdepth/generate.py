@@ -6,15 +6,16 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from localdepth.config import ModelConfig
-from localdepth.engine.base import F32, Engine, Span, check_open, initial_state
+from localdepth.engine.base import F32, Engine, Span, check_open
 from localdepth.errors import ContextOverflow, EngineError, RequestError, SamplingError
-from localdepth.loop import forward
 from localdepth.policy.base import Decision
+from localdepth.prefix import PrefixCache
 from localdepth.sampling import GREEDY, Sampling, pick
 from localdepth.tokenizer import StopStrings, Tokenizer
 
@@ -56,6 +57,8 @@ class Stats:
             included, divided by the positions that ran (the last token never does).
         generated_depth: mean depth of the generated tokens alone.
         passes: the sum behind ``mean_depth``.
+        n_cached: positions of the prompt that a kept prefix spared, in part or altogether.
+        cached_passes: of ``passes``, those that were not run again for them.
     """
 
     n_prompt: int
@@ -63,6 +66,8 @@ class Stats:
     mean_depth: float
     generated_depth: float
     passes: float
+    n_cached: int
+    cached_passes: int
     prompt_ms: float
     decode_ms: float
 
@@ -146,10 +151,17 @@ class Stream:
         ContextOverflow, DepthError, SamplingError, RequestError: the model cannot serve the request.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, request: Request, lock: threading.RLock) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        prefixes: PrefixCache,
+        tokenizer: Tokenizer | None,
+        request: Request,
+        lock: threading.RLock,
+    ) -> None:
         self.request = request
         self.finish_reason: FinishReason | None = None
-        self._engine, self._tokenizer, self._lock = engine, tokenizer, lock
+        self._engine, self._prefixes, self._tokenizer, self._lock = engine, prefixes, tokenizer, lock
         _check_fits(request, engine)
         self._texts = _Released(tokenizer, request.stop)
         self._cost = _Cost(engine.config, request)
@@ -196,25 +208,30 @@ class Stream:
             self._tokens.close()
 
     def _run(self) -> Generator[Token, None, None]:
-        request, engine = self.request, self._engine
-        ids = list(request.ids)
-        new: Sequence[int] = request.ids
+        request, ids = self.request, list(self.request.ids)
         with self._lock:
-            step = _Step(engine, request)
+            sequence = _Sequence(self._engine, self._prefixes, request)
+        self._cost.spare(sequence.n_cached, sequence.cached_depth)
+        n_new, compute = len(ids), sequence.begin
         try:
             while self.finish_reason is None:
                 with self._lock:
                     began = time.perf_counter()
-                    logits, depth = step(new)
+                    logits, depth = compute()
                 chosen = pick(logits, request.sampling, position=len(ids), recent=ids, n_top=request.top_logprobs)
-                self._cost.add(len(new), depth, time.perf_counter() - began)
+                self._cost.add(n_new, depth, time.perf_counter() - began)
                 ids.append(chosen.id)
-                new = [chosen.id]
+                n_new, compute = 1, partial(sequence.extend, chosen.id)
                 self.finish_reason, text = self._advance(chosen.id, len(ids))
                 yield Token(chosen.id, text, depth, chosen.logprob, chosen.top)
-        finally:
+        except GeneratorExit:
+            pass
+        except BaseException:
             with self._lock:
-                step.close()
+                sequence.close()
+            raise
+        with self._lock:
+            sequence.keep()
 
     def _advance(self, token_id: int, n_ids: int) -> tuple[FinishReason | None, str]:
         """Whether the answer ends with this token, and what the token adds to it."""
@@ -245,28 +262,39 @@ def _check_fits(request: Request, engine: Engine) -> None:
         raise SamplingError(f"logit_bias id {beyond[0]} is outside 0..{config.n_vocab - 1}; use ids of this model")
 
 
-class _Step:
-    """Extends one sequence, giving each position its initial state."""
+class _Sequence:
+    """The positions of one answer, on top of what is kept of an earlier one."""
 
-    def __init__(self, engine: Engine, request: Request) -> None:
-        self._engine, self._request = engine, request
-        self._kv = engine.open(request.decision.ceiling)
+    def __init__(self, engine: Engine, prefixes: PrefixCache, request: Request) -> None:
+        self._engine, self._prefixes, self._request = engine, prefixes, request
+        if request.warm_start:  # states that one token hands to the next are nothing to go on from
+            self._prefix = prefixes.fresh(request.state_seed, request.decision)
+        else:
+            self._prefix = prefixes.take(request.ids, request.state_seed, request.decision)
+        self._observe = self._remember if request.warm_start else None
         self._warm: F32 | None = None  # raw state of the last position, [1, n_embd]
+        self.n_cached, self.cached_depth = len(self._prefix.ids), self._prefix.depth
 
-    def __call__(self, new: Sequence[int]) -> tuple[F32, int]:
-        """Logits after ``new`` ids, [n_vocab], and the depth they took."""
-        state = self._warm
-        if state is None:
-            state = initial_state(self._engine.config, self._kv.n, len(new), self._request.state_seed)
-        observe = self._keep if self._request.warm_start else None
-        tokens = np.array(new, np.int32)
-        logits, depth = forward(self._engine, self._kv, tokens, self._request.decision, state=state, observe=observe)
-        return logits[0], depth
+    def begin(self) -> tuple[F32, int]:
+        """Logits after the prompt, [n_vocab], and the depth they took."""
+        return self._prefix.begin(self._engine, self._request.ids, self._request.decision, self._observe)
+
+    def extend(self, token: int) -> tuple[F32, int]:
+        """Logits after one more token, [n_vocab], and its depth."""
+        return self._prefix.extend(self._engine, token, self._request.decision, self._warm, self._observe)
+
+    def keep(self) -> None:
+        """Leave the positions to the next answer."""
+        if self._request.warm_start:
+            self.close()
+        else:
+            self._prefixes.keep(self._prefix)
 
     def close(self) -> None:
-        self._kv.close()
+        """Free the cache."""
+        self._prefix.kv.close()
 
-    def _keep(self, span: Span) -> None:
+    def _remember(self, span: Span) -> None:
         self._warm = span.state()[-1:]
 
 
@@ -300,6 +328,11 @@ class _Cost:
         self._passes = 0.0
         self._positions = 0
         self._seconds: list[float] = []
+        self._n_cached = self._cached_passes = 0
+
+    def spare(self, n: int, depth: int) -> None:
+        """Note that ``n`` positions bring ``depth`` passes each from a kept prefix."""
+        self._n_cached, self._cached_passes = n, n * depth
 
     def add(self, n: int, depth: int, seconds: float) -> None:
         """Count a call of ``n`` positions that ran ``depth`` passes and gave one token."""
@@ -317,6 +350,8 @@ class _Cost:
             mean_depth=self._passes / max(self._positions, 1),
             generated_depth=sum(self._depths) / max(n, 1),
             passes=self._passes,
+            n_cached=self._n_cached,
+            cached_passes=self._cached_passes,
             prompt_ms=1000 * sum(self._seconds[:1]),
             decode_ms=1000 * sum(self._seconds[1:]),
         )

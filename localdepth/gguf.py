@@ -14,11 +14,12 @@ and one tensor for each name of ``ModelConfig.tensors()``, the core once. An unk
 """
 
 import math
+import mmap as mapping
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
-from mmap import mmap
+from mmap import PAGESIZE, mmap
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,7 +60,7 @@ ROUTER = f"{NAMESPACE}router."
 
 Provenance = Mapping[str, str | tuple[str, ...]]
 PROVENANCE_KINDS: Mapping[str, type[str] | type[tuple[str, ...]]] = {
-    **dict.fromkeys(("source", "license", "exporter", "quant"), str),
+    **dict.fromkeys(("source", "license", "exporter", "quant", "importance"), str),
     "fallbacks": tuple,  # of "tensor: Q8_0 -> F16"
 }
 
@@ -159,12 +160,27 @@ class GgufFile:
     router: Mapping[str, Value]
     _buffer: mmap | None = field(repr=False)
 
+    def mapped(self) -> NDArray[np.uint8]:
+        """The whole file as bytes: uint8, a read-only view; tensors begin at their ``offset``."""
+        return np.frombuffer(self._open(), np.uint8)
+
     def data(self, name: str) -> NDArray[np.uint8]:
         """Stored bytes of a tensor: ``[n_bytes]`` uint8, a read-only view into the file."""
+        info = self.tensors[name]
+        return np.frombuffer(self._open(), np.uint8, info.n_bytes, info.offset)
+
+    def let_go(self, name: str) -> None:
+        """Take the pages of a tensor out of our memory, where the system can; reading it again brings them back."""
+        info, advice = self.tensors[name], getattr(mapping, "MADV_DONTNEED", None)
+        first = -(-info.offset // PAGESIZE) * PAGESIZE
+        n_bytes = (info.offset + info.n_bytes - first) // PAGESIZE * PAGESIZE
+        if advice is not None and n_bytes > 0:
+            self._open().madvise(advice, first, n_bytes)
+
+    def _open(self) -> mmap:
         if self._buffer is None:
             raise ModelFileError(f"{self.path} is closed; read it again")
-        info = self.tensors[name]
-        return np.frombuffer(self._buffer, np.uint8, info.n_bytes, info.offset)
+        return self._buffer
 
     def array(self, name: str) -> NDArray[np.float32]:
         """Numbers of a tensor: float32 in its row-major shape, in memory of their own."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from localdepth.engine.base import F32, Engine, Ids, Kv, Rows, Span
 from localdepth.policy.base import Decision, Seen
 
-__all__ = ["forward"]
+__all__ = ["forward", "resume"]
 
 
 def forward(
@@ -29,6 +29,22 @@ def forward(
         logits [1, n_vocab] or [n, n_vocab], and the passes run.
     """
     [span] = engine.prelude([(kv, tokens)], [state])
+    return _refine(engine, span, decision, rows, observe)
+
+
+def resume(engine: Engine, kv: Kv, decision: Decision) -> tuple[F32, int]:
+    """Take all positions of ``kv`` on from the depth they ran to the decision's, running only the missing passes.
+
+    Returns:
+        logits of the last position, [1, n_vocab], and its depth.
+    """
+    [span] = engine.reopen([kv])
+    return _refine(engine, span, decision, "last", None)
+
+
+def _refine(
+    engine: Engine, span: Span, decision: Decision, rows: Rows, observe: Callable[[Span], None] | None
+) -> tuple[F32, int]:
     try:
         while span.r < decision.ceiling:
             engine.core([span])

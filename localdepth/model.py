@@ -2,9 +2,10 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from importlib.resources import files
 from numbers import Integral
 from pathlib import Path
@@ -13,20 +14,27 @@ from typing import Self, TypeVar
 
 import numpy as np
 
+from localdepth.batch import one_by_one
 from localdepth.config import ModelConfig
 from localdepth.engine.base import F32, Engine, Ids, KvType, Limits, Span
+from localdepth.engine.ggml.device import DeviceName
 from localdepth.engine.ggml.engine import GgmlEngine
+from localdepth.engine.ggml.lib import library
+from localdepth.engine.ggml.plan import Planner
 from localdepth.engine.toy import ToyEngine
 from localdepth.errors import ConfigError, DepthError, EngineError, ModelFileError, PromptError, RequestError
 from localdepth.generate import Generation, Request, Stream
 from localdepth.gguf import GgufFile, read
 from localdepth.loop import forward
+from localdepth.memory import MemoryPlan
 from localdepth.policy.base import Decision, DepthPolicy, Query
 from localdepth.policy.fixed import as_policy
+from localdepth.prefix import PrefixCache
 from localdepth.prompt import Prompt, PromptReader, Reading
 from localdepth.sampling import GREEDY, Sampling
+from localdepth.threads import choose_threads
 
-__all__ = ["DEFAULT_MODEL", "Device", "EngineName", "Model", "default_threads", "inspect", "load"]
+__all__ = ["DEFAULT_MODEL", "EngineName", "Model", "inspect", "load", "plan"]
 
 DEFAULT_MODEL = "default.gguf"  # inside localdepth/models
 _E = TypeVar("_E", bound=StrEnum)
@@ -41,13 +49,6 @@ class EngineName(StrEnum):
     TOY = "toy"  # numpy, slow; needs no compiler
 
 
-class Device(StrEnum):
-    """Where an engine computes."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-
-
 class Model:
     """A loaded model. Thread-safe, and a context manager.
 
@@ -60,6 +61,7 @@ class Model:
     def __init__(self, engine: Engine, reader: PromptReader, policy: DepthPolicy | None = None) -> None:
         self._engine, self._reader = engine, reader
         self._policy = policy or as_policy("auto", engine.config)
+        self._prefixes = PrefixCache(engine)
         self._lock = threading.RLock()
         self._closed = False
 
@@ -72,6 +74,17 @@ class Model:
     def limits(self) -> Limits:
         """How it was loaded."""
         return self._engine.limits
+
+    def memory(self, depth: int | None = None) -> MemoryPlan:
+        """Bytes the loaded model takes with one sequence that fills its context at ``depth``, None its default depth."""
+        self._check_open()
+        wanted = self.config.default_depth if depth is None else self.config.check_depth(depth, measure=True)
+        return self._engine.plan(wanted)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the file says how messages become a prompt."""
+        return self._reader.template is not None
 
     def __enter__(self) -> Self:
         return self
@@ -154,7 +167,45 @@ class Model:
             warm_start=warm_start,
             top_logprobs=top_logprobs,
         )
-        return Stream(self._engine, self._reader.tokenizer, request, self._lock)
+        return Stream(self._engine, self._prefixes, self._reader.tokenizer, request, self._lock)
+
+    def batch(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        depth: int | str | DepthPolicy = "auto",
+        sampling: Sampling = GREEDY,
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+        state_seed: int | None = None,
+        warm_start: bool = False,
+        top_logprobs: int = 0,
+        tags: Sequence[str] = (),
+    ) -> Iterator[Generation]:
+        """Answer many prompts; yields each answer when it is done, with its ``index`` among the prompts.
+
+        Prompts are taken one by one, as answers are asked for. One that cannot be served does not stop the others:
+        after the last answer one BatchError tells them all.
+
+        Args:
+            prompts: any iterable, endless ones too; each as for ``stream``, as are the settings.
+        Raises:
+            RequestError: at once, where no prompt could be served with these settings.
+            BatchError: at the end; ``errors`` maps the index of each refused prompt to its RequestError.
+        """
+        as_policy(depth, self.config)
+        settings = partial(
+            self.stream,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            stop=stop,
+            state_seed=state_seed,
+            warm_start=warm_start,
+            top_logprobs=top_logprobs,
+            tags=tags,
+        )
+        settings([0], depth=1)  # computes nothing, and raises what every prompt would
+        return one_by_one(prompts, lambda prompt: settings(prompt, depth=depth).collect())
 
     def answer_at(self, prompt: Prompt, *, depth: int, max_tokens: int = 256) -> Generation:
         """Greedy answer at any depth of the measuring range, 1..max(64, max_depth): for curves, not for use.
@@ -165,7 +216,7 @@ class Model:
         self._check_open()
         decision = _measurement(self.config.check_depth(depth, measure=True))
         request = Request(ids=self._reader.read(prompt).ids, decision=decision, max_tokens=max_tokens)
-        return Stream(self._engine, self._reader.tokenizer, request, self._lock).collect()
+        return Stream(self._engine, self._prefixes, self._reader.tokenizer, request, self._lock).collect()
 
     def logits(self, tokens: Sequence[int], *, depth: int, state: F32 | None = None) -> F32:
         """Logits of every position, [T, n_vocab].
@@ -193,6 +244,14 @@ class Model:
     def tokenize(self, text: str) -> list[int]:
         """Ids of plain text, without the chat template; pass them to ``generate`` to continue a text."""
         return self._reader.tokenize(text)
+
+    def token_text(self, token_id: int) -> str:
+        """What a token adds to a text; part of a character shows as U+FFFD.
+
+        Raises:
+            PromptError: the file has no tokenizer, or the id is outside the vocabulary.
+        """
+        return self._reader.token_text(token_id)
 
     def _decide(self, depth: int | str | DepthPolicy, reading: Reading, tags: tuple[str, ...]) -> Decision:
         policy = self._policy if depth == "auto" else as_policy(depth, self.config)
@@ -290,56 +349,95 @@ def load(
     ring: int | None = None,
     kv_depth: int | None = None,
     kv_type: str = "f16",
+    low_memory: bool = False,
+    memory_limit: int | None = None,
     policy: DepthPolicy | None = None,
 ) -> Model:
     """Load a model file.
 
     Args:
-        model: path of a GGUF file; None is the default model that comes with the package.
+        model: path of a GGUF file, or the name of a stored model; None is the default model that comes with the package.
         engine: "auto", "ggml" or "toy".
-        device: "auto" or "cpu".
+        device: "auto" (a GPU where ggml was built for one), "cpu" or "gpu".
         n_ctx: positions a sequence may hold; None takes the model's own, at most 4096.
-        n_threads: compute threads; None leaves one core idle.
+        n_threads: compute threads; None takes what the size of the model and the cores suggest.
         ring: share K/V between passes in a ring of this many planes; None keeps a plane per pass.
         kv_depth: deepest pass the cache makes room for; None is the measuring range, max(64, max_depth).
         kv_type: "f16" or "f32".
+        low_memory: no copies of weights in faster layouts.
+        memory_limit: bytes to stay within; None takes what the machine has free.
         policy: what ``depth="auto"`` means; None takes what the file brings.
     Raises:
         ModelFileError: the file is missing, damaged, or no looped model.
         ConfigError: a setting outside its range.
         MissingExtra: the engine's package is not installed.
-        EngineError: the engine does not start, or memory runs out.
+        OutOfMemory: it does not fit; the message says what would.
+        EngineError: the engine does not start, or there is no such device.
     """
     if policy is not None and not callable(getattr(policy, "decide", None)):
         raise ConfigError(f"policy={policy!r} has no decide method; pass a DepthPolicy, or depth= with each request")
     name = _choice(EngineName, "engine", engine)
-    _choice(Device, "device", device)
-    cache = _choice(KvType, "kv_type", kv_type)
+    place = _choice(DeviceName, "device", device)
     with read(_find(model)) as file:
-        config = file.config
-        if n_ctx is not None and not (isinstance(n_ctx, Integral) and n_ctx is not True and 1 <= n_ctx <= config.n_ctx):
-            raise ConfigError(f"n_ctx={n_ctx!r} is outside 1..{config.n_ctx}, what this model was made for")
-        limits = Limits(
-            n_ctx=int(n_ctx or min(config.n_ctx, _DEFAULT_N_CTX)),
-            kv_depth=config.measure_depth if kv_depth is None else kv_depth,
-            ring=ring,
-            kv_type=cache,
-            n_threads=default_threads() if n_threads is None else n_threads,
-        )
-        reader = PromptReader(file.tokenizer, config.n_vocab)
-        return Model(_start(name, file, limits), reader, policy)
+        limits = _limits(file, n_ctx, n_threads, ring, kv_depth, kv_type, low_memory, memory_limit)
+        reader = PromptReader(file.tokenizer, file.config.n_vocab)
+        return Model(_start(name, file, limits, place), reader, policy)
 
 
-def default_threads() -> int:
-    """One thread fewer than the cores this process may use, at least one: a spinning barrier hates company."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores - 1)
+def plan(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    depth: int | None = None,
+    n_ctx: int | None = None,
+    ring: int | None = None,
+    kv_type: str = "f16",
+    low_memory: bool = False,
+) -> MemoryPlan:
+    """What ``load`` with these settings would take of the memory, without loading.
+
+    Args:
+        depth: passes of the sequence the plan is for; None is the model's default depth.
+    Raises:
+        ModelFileError, ConfigError, MissingExtra: as ``load``.
+        DepthError: outside the measuring range.
+    """
+    with read(_find(model)) as file:
+        wanted = file.config.default_depth if depth is None else file.config.check_depth(depth, measure=True)
+        limits = _limits(file, n_ctx, None, ring, None, kv_type, low_memory, None)
+        return Planner(library(), file, limits).plan(wanted)
 
 
-def _start(name: EngineName, file: GgufFile, limits: Limits) -> Engine:
+def _limits(
+    file: GgufFile,
+    n_ctx: int | None,
+    n_threads: int | None,
+    ring: int | None,
+    kv_depth: int | None,
+    kv_type: str,
+    low_memory: bool,
+    memory_limit: int | None,
+) -> Limits:
+    config = file.config
+    if n_ctx is not None and not (isinstance(n_ctx, Integral) and n_ctx is not True and 1 <= n_ctx <= config.n_ctx):
+        raise ConfigError(f"n_ctx={n_ctx!r} is outside 1..{config.n_ctx}, what this model was made for")
+    core = sum(info.n_bytes for name, info in file.tensors.items() if name.startswith("core."))
+    return Limits(
+        n_ctx=int(n_ctx or min(config.n_ctx, _DEFAULT_N_CTX)),
+        kv_depth=config.measure_depth if kv_depth is None else kv_depth,
+        ring=ring,
+        kv_type=_choice(KvType, "kv_type", kv_type),
+        n_threads=choose_threads(core) if n_threads is None else n_threads,
+        low_memory=low_memory,
+        memory_limit=memory_limit,
+    )
+
+
+def _start(name: EngineName, file: GgufFile, limits: Limits, device: DeviceName) -> Engine:
     if name is EngineName.TOY:
+        if device is DeviceName.GPU:
+            raise ConfigError('the toy engine runs on the CPU alone; use engine="ggml" (--engine ggml) with a GPU')
         return ToyEngine(file.config, {tensor: file.array(tensor) for tensor in file.tensors}, limits)
-    return GgmlEngine(file, limits)
+    return GgmlEngine(file, limits, device)
 
 
 def _find(model: str | os.PathLike[str] | None) -> Path:

@@ -87,6 +87,14 @@ class PromptReader:
         """
         return self._need_tokenizer().encode(text)
 
+    def token_text(self, token_id: int) -> str:
+        """What a token adds to a text; part of a character shows as U+FFFD.
+
+        Raises:
+            PromptError: the file has no tokenizer, or the id is outside the vocabulary.
+        """
+        return self._need_tokenizer().pieces(token_id)[1].decode("utf-8", "replace")
+
     def _read_text(self, text: str) -> Reading:
         if not text.strip():
             raise PromptError("the prompt is empty; ask something")

@@ -36,6 +36,11 @@ class Quant(StrEnum):
         """Bytes of a block."""
         return GGML_QUANT_SIZES[self.ggml_type][1]
 
+    @property
+    def bits(self) -> float:
+        """Bits of a number, its share of the block's scales included."""
+        return 8 * self.block_bytes / self.block
+
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a weight of this shape may be stored so; norms and biases stay float32, as ggml adds them."""
         return shape[-1] % self.block == 0 and (len(shape) > 1 or self is Quant.F32)

@@ -8,22 +8,18 @@ standard advises. So a stream needs no look-back and joined pushes always equal 
 
 import codecs
 import json
-import math
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import tokenizers
 
 from localdepth.errors import LocalDepthError, ModelFileError, PromptError, SamplingError
+from localdepth.tokenizer_limits import MAX_JSON_CHARS, limited
 
 __all__ = ["StopStrings", "TextDecoder", "Tokenizer"]
 
-_MAX_JSON_CHARS = 1 << 27  # the largest published tokenizers are below 40 MB
-_MAX_GROWTH = 64.0  # replacement rules that lengthen a text more than this are an attack
-_DECODERS = frozenset({"ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Sequence", "Strip", "WordPiece"})
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -60,12 +56,12 @@ class Tokenizer:
         Raises:
             ModelFileError: when the JSON is damaged, hostile, not streamable, or does not fit the model.
         """
-        if len(text) > _MAX_JSON_CHARS:
+        if len(text) > MAX_JSON_CHARS:
             raise ModelFileError(
-                f"tokenizer of {len(text)} characters is over {_MAX_JSON_CHARS}; export the model again"
+                f"tokenizer of {len(text)} characters is over {MAX_JSON_CHARS}; export the model again"
             )
         with _library_errors(ModelFileError, "the file's tokenizer cannot be read; export the model again"):
-            library = tokenizers.Tokenizer.from_str(json.dumps(_checked(json.loads(text))))
+            library = tokenizers.Tokenizer.from_str(json.dumps(limited(json.loads(text), n_vocab)))
             ids = library.get_vocab().values()
         if not ids or max(ids) >= n_vocab:
             raise ModelFileError(
@@ -265,41 +261,6 @@ def _borders(stop: str) -> list[int]:
             n = borders[n - 1]
         borders.append(n + (stop[n] == char))
     return borders
-
-
-def _checked(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without what would cut, pad, extend or randomise a prompt; refuses what explodes or cannot stream."""
-    model = record["model"]
-    if model.get("type") != "WordPiece" and model.get("continuing_subword_prefix"):
-        # The library cuts merges at this many bytes, inside a character if so asked, and the process aborts.
-        raise ModelFileError("the file's tokenizer has a BPE continuing_subword_prefix; use a model without one")
-    for part in ("normalizer", "decoder"):
-        if (growth := math.prod(map(_growth, _steps(record.get(part))))) > _MAX_GROWTH:
-            raise ModelFileError(f"the file's {part} makes text {growth:.0f} times longer; do not use this file")
-    if foreign := {step["type"] for step in _steps(record.get("decoder"))} - _DECODERS:
-        raise ModelFileError(
-            f"the file's tokenizer decodes with {', '.join(sorted(foreign))}, which cannot stream; "
-            f"use a model that decodes with {', '.join(sorted(_DECODERS))}"
-        )
-    model = {key: value for key, value in model.items() if key != "dropout"}
-    return {**record, "model": model, "truncation": None, "padding": None, "post_processor": None}  # bos: `encode`
-
-
-def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """The steps of a normalizer or decoder, sequences opened."""
-    waiting = [part] if part else []
-    while waiting:
-        step = waiting.pop()
-        yield step
-        waiting += step.get("normalizers", []) + step.get("decoders", [])
-
-
-def _growth(step: dict[str, Any]) -> float:
-    """Upper bound of output over input length of one step."""
-    if step["type"] != "Replace":
-        return 1.0
-    pattern = step["pattern"].get("String", "")  # a regular expression may match very little
-    return max(1.0, len(step["content"]) / max(1, len(pattern)))
 
 
 def _byte_alphabet() -> dict[str, int]:

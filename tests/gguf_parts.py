@@ -13,10 +13,11 @@ import numpy as np
 
 from localdepth.config import ModelConfig
 
-__all__ = ["CONFIG", "Parts", "Record", "array", "quick_and_small", "sound", "text"]
+__all__ = ["CONFIG", "Parts", "Record", "array", "quick_and_small", "sound", "taken_apart", "text"]
 
 SLOWEST_S = 2.0  # far above what any of these files takes (milliseconds), far below a hang
 U8, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = 0, 4, 5, 6, 7, 8, 9, 10, 11, 12  # value types
+SIZES = {U8: 1, U32: 4, I32: 4, F32: 4, BOOL: 1, U64: 8, I64: 8, F64: 8}  # bytes
 
 CONFIG = ModelConfig(
     n_prelude=0,
@@ -91,7 +92,7 @@ class Parts:
     def record(self, name: str) -> Record:
         return next(record for record in self.records if record.name == name)
 
-    def set(self, key: str, item: Any) -> None:
+    def set(self, key: str | bytes, item: Any) -> None:
         self.entries = [(name, old) for name, old in self.entries if name != key] + [(key, item)]
 
     def drop(self, key: str) -> None:
@@ -120,6 +121,41 @@ def sound(config: ModelConfig = CONFIG) -> Parts:
         data += np.arange(math.prod(shape), dtype="<f4").tobytes()
         data += bytes(-len(data) % 32)
     return Parts(entries, records, data)
+
+
+def taken_apart(raw: bytes) -> Parts:
+    """The pieces of a sound file, values still encoded, so that encoding them gives the file again."""
+    position = 4
+
+    def take(layout: str) -> Any:
+        nonlocal position
+        found = struct.unpack_from(f"<{layout}", raw, position)
+        position += struct.calcsize(f"<{layout}")
+        return found[0] if len(found) == 1 else found
+
+    def take_text() -> bytes:
+        nonlocal position
+        n_bytes = take("Q")
+        position += n_bytes
+        return raw[position - n_bytes : position]
+
+    def take_value() -> bytes:
+        nonlocal position
+        start, kind = position, take("I")
+        kind, count = take("IQ") if kind == ARRAY else (kind, 1)
+        for _ in range(count if kind == STRING else 0):
+            take_text()
+        position += 0 if kind == STRING else count * SIZES[kind]
+        return raw[start:position]
+
+    version, n_tensors, n_entries = take("IQQ")
+    entries: list[tuple[str | bytes, Any]] = [(take_text().decode(), take_value()) for _ in range(n_entries)]
+    records = []
+    for _ in range(n_tensors):
+        name, n_dims = take_text().decode(), take("I")
+        dims = tuple(take("Q") for _ in range(n_dims))
+        records.append(Record(name, dims, *take("IQ")))
+    return Parts(entries, records, raw[position + -position % 32 :], version)
 
 
 @contextmanager

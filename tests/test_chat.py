@@ -277,6 +277,12 @@ def test_what_is_no_template_is_refused(source: str, rule: str) -> None:
         "{{ (1).to_bytes(9, 'big') }}",
         "{{ lipsum(n=1000) }}",
         "{{ cycler.__init__.__globals__ }}",
+        "{{ joiner.__init__.__globals__ }}",
+        "{% macro f() %}{% endmacro %}{{ f.__call__.__globals__ }}",
+        "{{ messages|map('upper')|first }}{{ (messages|map('upper')).gi_frame.f_back }}",
+        "{% for m in messages %}{{ loop.__init__.__globals__ }}{% endfor %}",
+        "{{ ' a '['strip']() }}",
+        "{{ [1]|tojson(default=raise_exception.__globals__) }}",
         "{% include '/etc/passwd' %}",
         "{% import 'os' as os %}",
         "{% extends 'base' %}",
@@ -285,6 +291,20 @@ def test_what_is_no_template_is_refused(source: str, rule: str) -> None:
 def test_template_cannot_leave_the_sandbox(source: str) -> None:
     with pytest.raises(TemplateError, match="failed"):
         render(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ ' a '.strip() ~ 'xax'.lstrip('x') ~ 'xax'.rstrip('x') }}", "aaxxa"),
+        ("{{ 'a,b,c'.rsplit(',', 1)|join('|') ~ 'abab'.rfind('b') ~ 'a,b,c'.rpartition(',')[2] }}", "a,b|c3c"),
+        ("{{ ' b '|trim ~ 'xcx'|trim('x') }}", "bc"),
+        ("{{ [1]|tojson(indent='..') }}", "[\n..1\n]"),
+        ("{{ range(9)|select('divisibleby', 4)|list ~ [1, 'a']|reject('string')|list }}", "[0, 4, 8][1]"),
+    ],
+)
+def test_metered_methods_filters_and_tests_are_pythons(source: str, text: str) -> None:
+    assert render(source) == text
 
 
 LONG = "{% set s = 'a' * 1000000 %}"
@@ -330,6 +350,15 @@ EXPENSIVE = {
     "many splits": "{% for i in range(99999) %}{% set x = ('a ' * 500000).split() %}{% endfor %}",
     "many sorts": "{% for i in range(99999) %}{% set x = range(99999)|sort %}{% endfor %}",
     "long pipe": "{{ range(100000)" + "|map('string')" * 60 + "|list|length }}",
+    "silent tests": "{{ range(100000)|select('in', ['x'] * 100000)|list }}",
+    "strip a set": LONG + "{{ s.strip('b' * 999999 ~ 'a') }}",
+    "trim a set": LONG + "{{ s|trim('b' * 999999 ~ 'a') }}",
+    "search backwards": LONG + "{{ s.rfind('ab' ~ 'a' * 500000) }}",
+    "split backwards": LONG + "{{ s.rsplit(maxsplit=1, sep='ab' ~ 'a' * 500000) }}",
+    "json margin of text": "{{ [1]|tojson(indent='a' * 1000000) }}",
+    "block in itself": "{% block a %}{{ self.a() ~ self.a() }}{% endblock %}",
+    "caller of itself": "{% macro f() %}{{ caller() }}{% endmacro %}"
+    + "{% macro g() %}{% call f() %}{{ g() }}{% endcall %}{% endmacro %}{{ g() }}",
 }
 
 

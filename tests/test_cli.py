@@ -15,6 +15,7 @@ import pytest
 from localdepth.engine.toy import random_weights
 from localdepth.gguf import TokenizerRecord, read
 from localdepth.model import load
+from localdepth.sampling import Sampling
 from localdepth_train.families import FAMILIES
 from tests import engines
 from tests.conftest import ROOT, tokenizer_json
@@ -68,6 +69,33 @@ def test_ask_reads_standard_input(model_file: Path) -> None:
     assert one_line(piped)["text"] == one_line(given)["text"]
 
 
+def test_ask_shows_logprobs_when_asked(model_file: Path) -> None:
+    shared = ("ask", "the cat", "-m", model_file, "--depth", 2, "--max-tokens", 4, "--kv-type", "f32")
+    record = one_line(localdepth(*shared, "--logprobs", 2, "--json"))
+    with load(model_file, kv_type="f32") as model:
+        answer = model.generate("the cat", depth=2, max_tokens=4, top_logprobs=2)
+        for shown, token in zip(record["tokens"], answer.tokens, strict=True):
+            assert (shown["id"], shown["depth"]) == (token.id, 2)
+            assert shown["text"] == model.token_text(token.id)
+            assert shown["logprob"] == pytest.approx(token.logprob)
+            assert [other["id"] for other in shown["top"]] == [i for i, _ in token.top]
+    assert [token["top"] for token in one_line(localdepth(*shared, "--logprobs", 0, "--json"))["tokens"]] == [[]] * 4
+    table = localdepth(*shared, "--logprobs", 2).stdout.removeprefix(answer.text + "\n").splitlines()
+    assert table[0].split() == ["token", "logprob", "alternatives"]
+    assert len(table) == 5
+
+
+def test_ask_takes_every_request_setting(model_file: Path) -> None:
+    words = "--temperature 1.5 --top-k 9 --top-p 0.9 --min-p 0.01 --repeat-penalty 1.3 --seed 4 --state-seed 5"
+    settings = (*words.split(), "--system", "be brief", "--depth", "2", "--max-tokens", "8", "--json")
+    record = one_line(localdepth("ask", "the cat", "-m", model_file, *settings))
+    sampling = Sampling(temperature=1.5, top_k=9, top_p=0.9, min_p=0.01, repeat_penalty=1.3, seed=4)
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the cat"}]
+    with load(model_file) as model:
+        expected = model.generate(messages, depth=2, max_tokens=8, sampling=sampling, state_seed=5)
+    assert record["text"] == expected.text
+
+
 def test_ask_takes_every_engine_setting(model_file: Path) -> None:
     shared = ("ask", "the cat", "-m", model_file, "--depth", 5, "--max-tokens", 6, "--json")
     plain = one_line(localdepth(*shared, "--kv-type", "f32"))["text"]
@@ -89,6 +117,10 @@ def test_ask_takes_every_engine_setting(model_file: Path) -> None:
         (("hi", "--engine", "cuda"), "auto, ggml, toy"),
         (("hi", "--max-tokens", "0"), "max_tokens=0"),
         (("hi", "--temperature", "-1"), "temperature=-1"),
+        (("hi", "--top-p", "2"), "top_p=2"),
+        (("hi", "--state-seed", "-1"), "state_seed=-1"),
+        (("hi", "--logprobs", "-1"), "top_logprobs=-1"),
+        (("hi", "--logprobs", "999"), "top_logprobs=999"),
         (("hi", "--n-ctx", "100"), "1..64"),
         ((b"\xff\xfe".decode("utf-8", "surrogateescape"),), "UTF-8|surrogate|Unicode"),
     ],
@@ -141,7 +173,7 @@ def test_usage_errors_exit_with_two() -> None:
     assert localdepth("ask").returncode == 2
     assert localdepth("nothing").returncode == 2
     assert localdepth("--version").stdout.startswith("localdepth ")
-    for command in ("ask", "doctor", "inspect", "curve", "verify", "export", "train"):
+    for command in ("ask", "chat", "bench", "doctor", "inspect", "curve", "verify", "export", "train"):
         assert localdepth(command, "--help").returncode == 0
 
 
@@ -182,6 +214,31 @@ def test_an_interrupted_answer_exits_with_130(tmp_path: Path) -> None:
     _, errors = process.communicate()
     assert process.returncode == 130
     assert b"Traceback" not in errors
+
+
+@pytest.mark.parametrize("module", ["rich.console", "numpy", "localdepth.model", "localdepth.cli.chat"])
+def test_ctrl_c_while_importing_is_quiet(module: str) -> None:
+    program = (
+        "import signal, sys\n"
+        "class Impatient:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}: signal.raise_signal(signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.meta_path.insert(0, Impatient())\n"
+        "from localdepth.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_a_question_imports_no_line_editor(model_file: Path) -> None:
+    program = (
+        "import sys; from localdepth.cli import main\n"
+        "try: main()\n"
+        "finally: print({'prompt_toolkit', 'rich.markdown', 'torch'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", program, "ask", "the", "-m", str(model_file), "--max-tokens", "1"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.endswith("set()\n")
 
 
 def test_a_reader_that_leaves_is_no_error(model_file: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,22 +13,30 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
-from gguf import quants as gguf_quants
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from localdepth.engine.ggml.quantize import quantize
 from localdepth.engine.toy import random_weights
 from localdepth.errors import CheckpointError, ConfigError, StorageError
 from localdepth.gguf import Check, CheckStatus, read
 from localdepth.model import load
 from localdepth.quant import Quant
-from localdepth_export.convert import QUANTS, to_gguf
+from localdepth_export.convert import to_gguf
+from localdepth_export.recipe import Recipe
 from localdepth_export.verification import verify
 from localdepth_train.checkpoint import save
-from tests import engines
 from tests.conftest import TEMPLATE, tokenizer_json
 from tests.published import EXPECTED, make_checkpoint, weights_of
+
+# Every row holds a block of 256.
+WIDE = replace(
+    EXPECTED["retrofit_llama"],
+    n_prelude=1,
+    n_core=1,
+    n_coda=0,
+    n_embd=256,
+    head_dim=64,
+    n_ff=256,
+    trained_mean_depth=4.0,
+)
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
@@ -50,21 +59,6 @@ def test_sixteen_bit_checkpoints_survive_in_their_own_format(quant: str, dtype: 
             np.testing.assert_array_equal(file.array(name), array.astype(dtype).astype(np.float32))
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from(QUANTS), st.integers(1, 5), st.integers(1, 4), st.integers(0, 99), st.floats(1e-6, 1e3))
-def test_quantised_bytes_are_those_of_the_gguf_package(
-    quant: Quant, rows: int, blocks: int, seed: int, size: float
-) -> None:
-    array = (size * np.random.default_rng(seed).standard_normal((rows, 32 * blocks))).astype(np.float32)
-    expected = gguf_quants.quantize(array, quant.ggml_type)
-    np.testing.assert_array_equal(quantize(array, quant), expected.reshape(-1).view(np.uint8))
-
-
-def test_rows_a_quant_cannot_hold_are_refused() -> None:
-    with pytest.raises(ConfigError, match="blocks of 32"):
-        quantize(np.ones((2, 31), np.float32), Quant.Q8_0)
-
-
 def test_tensors_that_cannot_hold_the_quant_fall_back_and_are_listed(tmp_path: Path) -> None:
     done = to_gguf(make_checkpoint(tmp_path / "c", "huginn"), tmp_path / "m.gguf", quant="q8_0")
     config = EXPECTED["huginn"]  # rows of 48 and 72: no whole blocks of 32
@@ -78,14 +72,14 @@ def test_tensors_that_cannot_hold_the_quant_fall_back_and_are_listed(tmp_path: P
         assert len(model.generate([1, 2, 3], max_tokens=3).tokens) == 3
 
 
-@pytest.mark.parametrize(("quant", "value"), [("F16", 1e5), ("Q8_0", 1e8), ("BF16", 3.4e38)])
+@pytest.mark.parametrize(("quant", "value"), [("F16", 1e5), ("Q8_0", 1e8), ("BF16", 3.4e38), ("Q4_0", 1e6)])
 def test_values_too_large_for_a_quant_are_refused_and_nothing_is_left(quant: str, value: float, tmp_path: Path) -> None:
     config, weights = weights_of("retrofit_llama")
     config = replace(config, n_embd=64, head_dim=16)
     weights = random_weights(config, 0)
     weights["token_embd.weight"][3, 3] = value
     save(tmp_path / "c", config, weights)
-    with pytest.raises(ConfigError, match=rf"token_embd\.weight .* the largest {quant}; export as F32"):
+    with pytest.raises(ConfigError, match=rf"token_embd\.weight: .* do not fit {quant}; export as F32"):
         to_gguf(tmp_path / "c", tmp_path / "m.gguf", quant=quant)
     weights["token_embd.weight"][3, 3] = np.nan
     save(tmp_path / "c", config, weights)
@@ -124,7 +118,8 @@ def test_tokenizer_template_and_licence_travel_with_the_weights(tmp_path: Path) 
         assert model.generate("the cat", max_tokens=4).tokens
 
 
-def test_export_holds_twice_the_largest_tensor_at_most(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_K", "F16"])
+def test_export_holds_twice_the_largest_tensor_at_most(quant: str, tmp_path: Path) -> None:
     config = replace(EXPECTED["retrofit_llama"], n_vocab=8000, n_embd=1024, head_dim=16, n_ff=2048)
     weights = {name: np.zeros(shape, ml_dtypes.bfloat16) for name, shape in config.tensors().items()}
     save(tmp_path / "c", config, weights)
@@ -132,9 +127,9 @@ def test_export_holds_twice_the_largest_tensor_at_most(tmp_path: Path) -> None:
         "import resource, sys\n"
         "from localdepth_export.convert import to_gguf\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-        "before = peak(); to_gguf(sys.argv[1], sys.argv[2]); print(peak() - before)"
+        "before = peak(); to_gguf(sys.argv[1], sys.argv[2], quant=sys.argv[3]); print(peak() - before)"
     )
-    arguments = [sys.executable, "-c", program, str(tmp_path / "c"), str(tmp_path / "m.gguf")]
+    arguments = [sys.executable, "-c", program, str(tmp_path / "c"), str(tmp_path / "m.gguf"), quant]
     taken = int(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout)
     largest = 4 * max(math.prod(shape) for shape in config.tensors().values())
     output = (tmp_path / "m.gguf").stat().st_size
@@ -162,6 +157,20 @@ def test_writing_where_nothing_can_be_written_is_a_storage_error(tmp_path: Path)
         to_gguf(checkpoint, tmp_path / "missing" / "m.gguf")
 
 
+def test_an_export_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", "huginn")
+    (tmp_path / "m.gguf").write_bytes(b"old")
+    program = (
+        "import os, signal, sys\n"
+        "from localdepth_export.convert import to_gguf\n"
+        "kill = lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if 2 * done > total else None\n"
+        "to_gguf(sys.argv[1], sys.argv[2], on_progress=kill)"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(checkpoint), str(tmp_path / "m.gguf")])
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "m.gguf").read_bytes() == b"old"
+
+
 def test_verification_is_written_into_the_file(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "c", "retrofit_olmo2")
     to_gguf(checkpoint, tmp_path / "m.gguf", quant="F32")
@@ -176,29 +185,57 @@ def test_verification_is_written_into_the_file(tmp_path: Path) -> None:
         assert file.check.status is CheckStatus.VERIFIED
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-def test_every_quant_stays_within_its_bound(quant: Quant, tmp_path: Path) -> None:
-    config, _ = weights_of("retrofit_llama")
-    config = replace(config, n_embd=64, head_dim=16, n_ff=96)
-    checkpoint = save(tmp_path / "c", config, random_weights(config, 1))
-    assert to_gguf(checkpoint, tmp_path / "m.gguf", quant=quant).fallbacks == ()
+RECIPES = [*Quant, "Q4_K,core=Q6_K,head=Q8_0"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_stays_within_its_bound(recipe: str, tmp_path: Path) -> None:
+    checkpoint = save(tmp_path / "c", WIDE, random_weights(WIDE, 1))
+    done = to_gguf(checkpoint, tmp_path / "m.gguf", quant=recipe)
+    assert (done.quant, done.fallbacks) == (recipe, ())
     report = verify(tmp_path / "m.gguf", checkpoint, depths=(1, 4))
     assert report.passed, report
-    assert (max(report.check.max_abs) < 1e-4) == (quant is Quant.F32)
+    assert report.exact
+    assert (max(report.check.max_abs) < 1e-4) == (recipe == "F32")
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-def test_one_wrong_tensor_fails_the_verification_and_is_named(quant: Quant, tmp_path: Path) -> None:
-    config = replace(EXPECTED["retrofit_llama"], n_embd=64, head_dim=16, n_ff=96)
-    weights = random_weights(config, 1)
-    checkpoint = save(tmp_path / "c", config, weights)
-    weights["coda.0.attn_q.weight"] = weights["coda.0.attn_q.weight"][::-1].copy()
-    to_gguf(save(tmp_path / "wrong", config, weights), tmp_path / "m.gguf", quant=quant)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_wrong_tensor_fails_the_verification_and_is_named(recipe: str, tmp_path: Path) -> None:
+    weights = random_weights(WIDE, 1)
+    checkpoint = save(tmp_path / "c", WIDE, weights)
+    weights["core.0.attn_q.weight"] = weights["core.0.attn_q.weight"][::-1].copy()
+    to_gguf(save(tmp_path / "wrong", WIDE, weights), tmp_path / "m.gguf", quant=recipe)
     report = verify(tmp_path / "m.gguf", checkpoint, depths=(1,))
-    assert (report.passed, report.wrong_tensors) == (False, ("coda.0.attn_q.weight",))
+    assert (report.passed, report.wrong_tensors) == (False, ("core.0.attn_q.weight",))
     with read(tmp_path / "m.gguf") as file:
         assert file.check is not None
         assert file.check.status is CheckStatus.FAILED
+
+
+@pytest.mark.parametrize("quant", Quant)
+def test_one_wrong_number_fails_the_verification(quant: Quant, tmp_path: Path) -> None:
+    checkpoint = save(tmp_path / "c", WIDE, random_weights(WIDE, 1))
+    to_gguf(checkpoint, tmp_path / "m.gguf", quant=quant)
+    with read(tmp_path / "m.gguf") as file:
+        info = file.tensors["core.0.ffn_up.weight"]
+    contents = bytearray((tmp_path / "m.gguf").read_bytes())
+    middle = quant.block_bytes // 2  # of a block in the middle: past the scales, the high bits of one number or two
+    contents[info.offset + info.n_bytes // 2 // quant.block_bytes * quant.block_bytes + middle] ^= 0x88
+    (tmp_path / "m.gguf").write_bytes(contents)
+    assert verify(tmp_path / "m.gguf", checkpoint, depths=(1,)).wrong_tensors == ("core.0.ffn_up.weight",)
+
+
+def test_every_stage_is_stored_as_the_recipe_says_and_the_file_says_so(tmp_path: Path) -> None:
+    checkpoint = save(tmp_path / "c", WIDE, random_weights(WIDE, 1))
+    seen: list[tuple[int, int]] = []
+    text = "Q4_K,injection=F16,core=Q6_K,head=Q8_0"
+    to_gguf(checkpoint, tmp_path / "m.gguf", quant=text, on_progress=lambda done, total: seen.append((done, total)))
+    with read(tmp_path / "m.gguf") as file:
+        assert file.provenance["quant"] == text
+        stored = {name: info.quant for name, info in file.tensors.items()}
+        assert stored == Recipe.parse(text).choose(WIDE)[0]
+    assert len(seen) == len(stored)
+    assert seen[-1] == (WIDE.n_params, WIDE.n_params)
 
 
 def test_logits_that_are_not_finite_fail_the_verification(tmp_path: Path) -> None:
@@ -213,15 +250,11 @@ def test_logits_that_are_not_finite_fail_the_verification(tmp_path: Path) -> Non
     assert not report.passed
 
 
-def test_quants_that_are_not_judged_and_no_depths_are_refused(tmp_path: Path) -> None:
-    config = replace(EXPECTED["retrofit_llama"], n_embd=64, head_dim=16, n_ff=96)
-    weights = random_weights(config, 1)
-    checkpoint = save(tmp_path / "c", config, weights)
-    file = engines.write_model(tmp_path / "m.gguf", config, weights, Quant.Q4_0)
-    with pytest.raises(ConfigError, match="cannot judge Q4_0"):
-        verify(file, checkpoint)
+def test_verifying_at_no_depth_is_refused(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", "retrofit_llama")
+    to_gguf(checkpoint, tmp_path / "m.gguf")
     with pytest.raises(ConfigError, match="no depths"):
-        verify(file, checkpoint, depths=())
+        verify(tmp_path / "m.gguf", checkpoint, depths=())
 
 
 def test_a_start_token_that_the_tokenizer_adds_itself_is_kept(tmp_path: Path) -> None:

@@ -20,19 +20,24 @@ PACKAGES = {
 # Rooms of the runtime from the ground up; a room imports only from rooms below it, or from itself.
 RANKS = [
     {"errors"},
-    {"config", "console"},
+    {"config", "console", "memory", "threads"},
+    {"backtracking"},
+    {"tokenizer_limits"},
     {"slots", "gguf_container", "quant", "sampling", "tokenizer", "chat", "policy"},
     {"gguf"},
-    {"prompt"},
+    {"prompt", "store"},
     {"engine"},
     {"loop"},
+    {"prefix"},
     {"generate"},
+    {"batch"},
     {"model"},
+    {"conversation"},
     {"__init__", "doctor"},
     {"cli"},
     {"__main__"},
 ]
-TRAIN_MAY = {"errors", "config", "slots", "policy", "tokenizer", "engine.base", "engine.eager"}
+TRAIN_MAY = {"errors", "config", "memory", "slots", "policy", "tokenizer", "engine.base", "engine.eager"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -96,7 +101,7 @@ def test_only_the_command_line_reaches_every_package(name: str) -> None:
         "localdepth_apps": {"localdepth", "localdepth_apps"},
     }[package]
     reached = {target.split(".")[0] for target in targets(MODULES[name])}
-    assert name == "localdepth.cli" or reached <= allowed
+    assert name.startswith("localdepth.cli") or reached <= allowed
 
 
 def test_training_uses_only_the_foundations_of_the_runtime() -> None:

@@ -1,6 +1,19 @@
 """Export: checkpoints become quantised model files, with the numbers to prove it."""
 
 from localdepth_export.convert import Export, to_gguf
+from localdepth_export.divergence import Outcome, compare_recipes
+from localdepth_export.importance import Importance, collect
+from localdepth_export.recipe import Recipe
 from localdepth_export.verification import Report, verify
 
-__all__ = ["Export", "Report", "to_gguf", "verify"]
+__all__ = [
+    "Export",
+    "Importance",
+    "Outcome",
+    "Recipe",
+    "Report",
+    "collect",
+    "compare_recipes",
+    "to_gguf",
+    "verify",
+]

@@ -1,7 +1,8 @@
 """Checkpoint -> GGUF: quantise tensor by tensor, record what was done."""
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -9,26 +10,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from localdepth.engine.base import F32
 from localdepth.engine.ggml.quantize import quantize
 from localdepth.errors import CheckpointError, ConfigError
 from localdepth.gguf import Check, CheckStatus
 from localdepth.quant import Quant
 from localdepth_export.gguf_writer import write
+from localdepth_export.importance import Importance
+from localdepth_export.recipe import Recipe
 from localdepth_export.tokenizer_record import read_license, read_tokenizer
 from localdepth_train.checkpoint import Checkpoint
 
-__all__ = ["QUANTS", "Export", "to_gguf"]
-
-QUANTS = (Quant.F32, Quant.F16, Quant.BF16, Quant.Q8_0)
-_FALLBACK = {Quant.Q8_0: Quant.F16}  # where a shape cannot hold the blocks
-_F16_MAX = float(np.finfo(np.float16).max)
-# Largest magnitude each quant can hold; Q8_0 stores 127 steps of a float16 scale.
-_LARGEST = {
-    Quant.F32: float(np.finfo(np.float32).max),
-    Quant.F16: _F16_MAX,
-    Quant.BF16: (2 - 2**-7) * 2.0**127,
-    Quant.Q8_0: 127 * _F16_MAX,
-}
+__all__ = ["Export", "to_gguf"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +29,14 @@ class Export:
     """What an export wrote.
 
     Attributes:
+        quant: the recipe, such as "Q4_K,core=Q6_K".
         fallbacks: tensors whose shape could not hold the quant asked for, "name: Q8_0 -> F16".
         n_bytes: size of the file.
     """
 
     path: Path
     kind: str
-    quant: Quant
+    quant: str
     fallbacks: tuple[str, ...]
     n_bytes: int
     n_params: int
@@ -53,46 +47,49 @@ def to_gguf(
     checkpoint: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    quant: str | Quant = Quant.Q8_0,
+    quant: str | Recipe = Quant.Q8_0,
+    importance: Importance | None = None,
     license_name: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Export:
     """Write ``checkpoint`` as one GGUF file.
 
-    Matrices are stored as ``quant``, norms and biases as float32. Reads one tensor at a time and needs no torch.
+    Matrices are stored as the recipe says, norms and biases as float32. Reads one tensor at a time and needs no torch.
 
     Args:
         checkpoint: directory of a published or own looped model.
         out: file to write; it appears complete or not at all.
-        quant: one of F32, F16, BF16, Q8_0, in any case.
+        quant: a recipe, or its text: one of F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q5_0, Q5_K, Q6_K, in any case, and
+            stages that differ, as in "Q4_K,core=Q6_K".
+        importance: how much each column of each matrix counts in rounding; see ``collect``.
         license_name: of the weights; None takes the one in the checkpoint's model card, if any.
+        on_progress: told after each tensor how many of the model's numbers are done, and how many there are.
     Raises:
-        ConfigError: unknown quant, or values the quant cannot hold.
+        ConfigError: unknown quant, values the quant cannot hold, or the importance of another model.
         CheckpointError: the directory cannot be used, or holds values that are not finite.
         StorageError: the file cannot be written.
     """
-    quant = _parse(quant)
+    recipe = quant if isinstance(quant, Recipe) else Recipe.parse(quant)
     source = Checkpoint(checkpoint)
-    shapes = source.config.tensors()
-    quants = {name: _choose(shape, quant) for name, shape in shapes.items()}
-    fallbacks = tuple(
-        f"{name}: {quant} -> {chosen}"
-        for name, chosen in quants.items()
-        if chosen is not quant and len(shapes[name]) > 1
-    )
+    if importance:
+        importance.check(source.config)
+    quants, fallbacks = recipe.choose(source.config)
     tokenizer = read_tokenizer(source)
     provenance: dict[str, str | tuple[str, ...]] = {
         "source": source.path.resolve().name,
         "exporter": f"localdepth {version('localdepth')}",
-        "quant": str(quant),
+        "quant": str(recipe),
         "fallbacks": fallbacks,
     }
     if known := license_name or read_license(source):
         provenance["license"] = known
+    if importance:
+        provenance["importance"] = importance.origin
     write(
         out,
         source.config,
         quants,
-        _encoded(source, quants),
+        _encoded(source, quants, importance.columns if importance else {}, on_progress),
         tokenizer=tokenizer,
         provenance=provenance,
         check=Check(CheckStatus.UNVERIFIED),
@@ -100,7 +97,7 @@ def to_gguf(
     return Export(
         path=Path(out),
         kind=source.kind,
-        quant=quant,
+        quant=str(recipe),
         fallbacks=fallbacks,
         n_bytes=Path(out).stat().st_size,
         n_params=source.config.n_params,
@@ -108,27 +105,25 @@ def to_gguf(
     )
 
 
-def _parse(quant: str) -> Quant:
-    name = quant.upper() if isinstance(quant, str) else quant
-    if name not in QUANTS:
-        raise ConfigError(f"quant={quant!r} is not one of {', '.join(QUANTS)}")
-    return Quant(name)
-
-
-def _choose(shape: tuple[int, ...], quant: Quant) -> Quant:
-    if len(shape) == 1:
-        return Quant.F32
-    while not quant.fits(shape):
-        quant = _FALLBACK[quant]
-    return quant
-
-
-def _encoded(source: Checkpoint, quants: dict[str, Quant]) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+def _encoded(
+    source: Checkpoint,
+    quants: Mapping[str, Quant],
+    importance: Mapping[str, F32],
+    on_progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    done, shapes = 0, source.config.tensors()
     for name, quant in quants.items():
-        array = source.read(name)
-        largest = max(float(array.max()), -float(array.min()))  # without a copy
-        if not np.isfinite(largest):
-            raise CheckpointError(f"{name} in {source.path} has values that are not finite; download it again")
-        if largest > _LARGEST[quant]:
-            raise ConfigError(f"{name} has values beyond {_LARGEST[quant]:.6g}, the largest {quant}; export as F32")
-        yield name, quantize(array, quant)
+        yield name, _stored(source, name, quant, importance.get(name))
+        done += math.prod(shapes[name])
+        if on_progress:
+            on_progress(done, source.config.n_params)
+
+
+def _stored(source: Checkpoint, name: str, quant: Quant, importance: F32 | None) -> NDArray[np.uint8]:
+    array = source.read(name)
+    if not (np.isfinite(array.max()) and np.isfinite(array.min())):  # without a copy
+        raise CheckpointError(f"{name} in {source.path} has values that are not finite; download it again")
+    try:
+        return quantize(array, quant, importance)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None

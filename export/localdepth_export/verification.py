@@ -3,56 +3,69 @@
 The reference runs in torch, which is imported only here.
 """
 
+import math
 import os
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
+from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from localdepth.config import ModelConfig
-from localdepth.engine.base import F32, KvType, Limits
+from localdepth.engine.base import F32
 from localdepth.engine.ggml.engine import GgmlEngine
+from localdepth.engine.ggml.quantize import FITTED, quantize
 from localdepth.errors import ConfigError, MissingExtra, install_line
-from localdepth.gguf import Check, CheckStatus, GgufFile, TokenizerRecord, read
-from localdepth.model import Model, default_threads
-from localdepth.prompt import PromptReader, build_tokenizer
+from localdepth.gguf import Check, CheckStatus, GgufFile, read
+from localdepth.model import Model
+from localdepth.prompt import PromptReader
 from localdepth.quant import Quant
+from localdepth_export.divergence import compare, run
 from localdepth_export.gguf_writer import write_check
+from localdepth_export.importance import Importance
+from localdepth_export.sample import limits_for, windows
 from localdepth_train.checkpoint import Checkpoint
 
 __all__ = ["BOUNDS", "Bound", "Report", "verify"]
 
-_N_TOKENS = 64  # compared positions without a text of the user's own
+_N_RANDOM = 64  # compared positions without a text of the user's own
 _MAX_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What a quant may differ from the reference.
+    """What the logits of a file may differ from the reference's.
 
     Attributes:
-        step: largest error of a stored number, as a share of the largest in its block.
-        max_abs: largest logit difference, in standard deviations of the logits where those exceed one.
         kl: mean KL divergence in nats.
+        max_abs: largest difference, in standard deviations of the logits where those exceed one.
     """
 
-    step: float
-    max_abs: float
     kl: float
+    max_abs: float = np.inf
 
 
-# The stored numbers are judged strictly: half a rounding step, and for Q8_0 the rounding of its float16 scale.
-# Float32 logits are limited by the order of additions. How far rounding moves the others depends on the weights and on
-# how deep they loop, so only their divergence is bounded, loosely.
+# The stored numbers are judged strictly, see ``_is_stored``. Float32 logits are limited by the order of additions. How
+# far rounding moves the others depends on the weights and on how deep they loop, so only their divergence is bounded,
+# loosely. From fine to coarse.
 BOUNDS = {
-    Quant.F32: Bound(0.0, 1e-4, 1e-6),
-    Quant.F16: Bound(2**-11, np.inf, 1e-2),
-    Quant.BF16: Bound(2**-8, np.inf, 1e-1),
-    Quant.Q8_0: Bound(0.5 / 127 + 2**-11, np.inf, 1e-1),
+    Quant.F32: Bound(1e-6, 1e-4),
+    Quant.F16: Bound(1e-2),
+    Quant.BF16: Bound(1e-1),
+    Quant.Q8_0: Bound(1e-1),
+    Quant.Q6_K: Bound(3e-1),
+    Quant.Q5_K: Bound(5e-1),
+    Quant.Q5_0: Bound(5e-1),
+    Quant.Q4_K: Bound(1.0),
+    Quant.Q4_0: Bound(1.0),
 }
-_TINY = 2.0**-24  # half the smallest float16; smaller numbers may vanish
+# Squared error of a block, in that of the block as we round it: another build of ggml may decide ties otherwise.
+_SAME = 1.01
+# The same for a whole tensor rounded with an importance we do not have, which gives up accuracy where it does not
+# count: in single blocks all of it, over real tensors far less than these two bits. A wrong tensor is beyond forty.
+_UNKNOWN_IMPORTANCE = 16.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +76,8 @@ class Report:
         check: differences by depth, as written into the file.
         wrong_tensors: tensors whose stored numbers are not those of the checkpoint, rounded.
         quant: the coarsest in the file, which sets the bound.
+        exact: whether the stored numbers could be judged as ggml rounds them; otherwise the file was rounded with an
+            importance that was not given, and they were judged loosely.
         text_source: where the compared tokens come from.
     """
 
@@ -70,6 +85,7 @@ class Report:
     wrong_tensors: tuple[str, ...]
     quant: Quant
     bound: Bound
+    exact: bool
     n_tokens: int
     text_source: str
 
@@ -89,8 +105,9 @@ class Report:
             )
         limits = f"KL {self.bound.kl:g}" + (f", max abs {self.bound.max_abs:g}" if self.quant is Quant.F32 else "")
         if self.passed:
-            return f"verified: stored numbers are exact to half a step of {self.quant}, logits within {limits}"
-        return f"FAILED: beyond {limits} at some depth; this model does not bear {self.quant}, export as F16 or F32"
+            how = "as ggml rounds them" if self.exact else "rounded with an importance that was not given"
+            return f"verified: stored numbers are the checkpoint's {how}, logits within {limits}"
+        return f"FAILED: beyond {limits} at some depth; this model does not bear {self.quant}, export with a finer one"
 
 
 def verify(
@@ -99,6 +116,7 @@ def verify(
     *,
     depths: Sequence[int] = (1, 2, 4, 8, 16),
     text: str | None = None,
+    importance: Importance | None = None,
     record: bool = True,
 ) -> Report:
     """Compare stored numbers one by one, then run ``file`` with ggml and ``checkpoint`` with the reference.
@@ -106,9 +124,10 @@ def verify(
     Args:
         depths: passes to compare, each within the measuring range of the model.
         text: what to run, for files with a tokenizer; None draws tokens at random from a fixed seed.
+        importance: what the file was rounded with, if it was; without it the stored numbers are judged loosely.
         record: write the result into the file.
     Raises:
-        ConfigError: file and checkpoint are different models, the file has a quant that is not judged here, no depth
+        ConfigError: file and checkpoint are different models, the file was rounded with another importance, no depth
             is given, or there is no tokenizer for ``text``.
         DepthError: a depth outside the range.
         MissingExtra: torch is not installed.
@@ -124,33 +143,67 @@ def verify(
         _same_model(model.config, source.config, file, checkpoint)
         for depth in depths:
             model.config.check_depth(depth, measure=True)
-        quant = _coarsest({info.quant for info in model.tensors.values()})
-        wrong = tuple(name for name, info in model.tensors.items() if not _is_stored(model, source, name, info.quant))
-        ids = _tokens(model.config, text, model.tokenizer)
-        limits = Limits(n_ctx=len(ids), kv_depth=max(depths), kv_type=KvType.F32, n_threads=default_threads())
+        exact = _knows_importance(model, importance)
+        columns = importance.columns if importance else {}
+        wrong = tuple(name for name in model.tensors if not _is_stored(model, source, name, columns.get(name), exact))
+        cut = windows(_random(model.config) if text is None else text, model, _MAX_TOKENS)
         no_text = PromptReader(None, model.config.n_vocab)
+        limits = limits_for(cut, depths)
         ours = stack.enter_context(Model(GgmlEngine(model, limits), no_text))
-        theirs = Model(ReferenceEngine.from_checkpoint(source, n_ctx=len(ids)), no_text)
-        expected = [theirs.logits(ids, depth=depth) for depth in depths]
-        rows = [_compare(ours.logits(ids, depth=depth), e) for depth, e in zip(depths, expected, strict=True)]
-    max_abs, kl, top1 = (tuple(column) for column in zip(*rows, strict=True))
+        theirs = Model(ReferenceEngine.from_checkpoint(source, n_ctx=limits.n_ctx), no_text)
+        expected = [run(theirs, cut, depth) for depth in depths]
+        found = [compare(run(ours, cut, depth), logits) for depth, logits in zip(depths, expected, strict=True)]
+    quant = max((info.quant for info in model.tensors.values()), key=list(BOUNDS).index)
     bound = BOUNDS[quant]
     scale = max(1.0, *(float(logits.std()) for logits in expected))
     # NaN fails every comparison, and so the check
-    good = not wrong and all(a <= bound.max_abs * scale and k <= bound.kl for a, k, _ in rows)
-    check = Check(CheckStatus.VERIFIED if good else CheckStatus.FAILED, tuple(depths), max_abs, kl, top1)
+    good = not wrong and all(d.max_abs <= bound.max_abs * scale and d.kl <= bound.kl for d in found)
+    check = Check(
+        CheckStatus.VERIFIED if good else CheckStatus.FAILED,
+        tuple(depths),
+        max_abs=tuple(d.max_abs for d in found),
+        kl=tuple(d.kl for d in found),
+        top1=tuple(d.top1 for d in found),
+    )
     if record:
         write_check(file, check)
-    return Report(check, wrong, quant, bound, len(ids), "the given text" if text else "random tokens, seed 0")
+    where = "random tokens, seed 0" if text is None else "the given text"
+    return Report(check, wrong, quant, bound, exact, sum(map(len, cut)), where)
 
 
-def _is_stored(model: GgufFile, source: Checkpoint, name: str, quant: Quant) -> bool:
-    """Whether a tensor of the file is the checkpoint's, rounded to its quant."""
-    expected = source.read(name).reshape(-1, quant.block)
-    error = np.abs(model.array(name).reshape(-1, quant.block) - expected).max(axis=1)
-    step = BOUNDS[quant].step
-    limit = step * np.abs(expected).max(axis=1) + (_TINY if step else 0.0)
-    return bool((error <= limit).all())
+def _knows_importance(model: GgufFile, importance: Importance | None) -> bool:
+    """Whether we have what the file was rounded with; refuses anything else."""
+    used = model.provenance.get("importance")
+    if importance is None:
+        return not used
+    if importance.origin != used:
+        raise ConfigError(
+            f"{model.path} was rounded with {f'the importance of {used}' if used else 'no importance'}, "
+            f"not with that of {importance.origin}; pass the one it was exported with"
+        )
+    return True
+
+
+def _is_stored(model: GgufFile, source: Checkpoint, name: str, importance: F32 | None, known: bool) -> bool:
+    """Whether a tensor of the file is the checkpoint's, rounded to its quant.
+
+    It is when ggml makes the same bytes of the checkpoint's numbers. Where it does not, no block may be further from
+    them than ggml's own: half a step is no measure for quants that fit their scales and clip what sticks out.
+    """
+    quant, exact = model.tensors[name].quant, source.read(name)
+    rounded = quantize(exact, quant, importance)
+    if np.array_equal(rounded, model.data(name)):
+        return True
+    rows = dequantize(rounded.reshape(math.prod(exact.shape[:-1]), -1), quant.ggml_type)
+    ours, theirs = (_block_errors(array, exact, quant) for array in (rows.reshape(exact.shape), model.array(name)))
+    if known or quant not in FITTED:
+        return bool((theirs <= _SAME * ours).all())
+    return bool(theirs.sum() <= _UNKNOWN_IMPORTANCE * ours.sum())
+
+
+def _block_errors(stored: F32, exact: F32, quant: Quant) -> NDArray[np.float64]:
+    """Sum of squared errors in each block; squares of float32 need more room than float32 has."""
+    return np.asarray(np.square(stored - exact, dtype=np.float64).reshape(-1, quant.block).sum(axis=1))
 
 
 def _same_model(ours: ModelConfig, theirs: ModelConfig, file: object, checkpoint: object) -> None:
@@ -159,31 +212,6 @@ def _same_model(ours: ModelConfig, theirs: ModelConfig, file: object, checkpoint
         raise ConfigError(f"{file} was not made from {checkpoint}: {', '.join(differing[:4])}")
 
 
-def _tokens(config: ModelConfig, text: str | None, record: TokenizerRecord | None) -> list[int]:
-    limit = min(config.n_ctx, _MAX_TOKENS)
-    if text is None:
-        rng = np.random.default_rng(0)
-        return [int(i) for i in rng.integers(0, config.n_vocab, min(_N_TOKENS, limit), dtype=np.int32)]
-    if record is None:
-        raise ConfigError("the file has no tokenizer, so it cannot be verified on a text; leave the text out")
-    return build_tokenizer(record, config.n_vocab).encode(text)[:limit]
-
-
-def _coarsest(quants: Set[Quant]) -> Quant:
-    if unknown := sorted(quants - set(BOUNDS)):
-        raise ConfigError(f"this version cannot judge {', '.join(unknown)}; it verifies {', '.join(BOUNDS)}")
-    return max(quants, key=list(BOUNDS).index)
-
-
-def _compare(ours: F32, reference: F32) -> tuple[float, float, float]:
-    """Largest difference, mean KL(reference || ours) in nats, share of equal best tokens."""
-    p, q = _log_softmax(reference), _log_softmax(ours)
-    kl = float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1)))
-    top1 = float(np.mean(ours.argmax(-1) == reference.argmax(-1)))
-    return float(np.abs(ours - reference).max()), max(kl, 0.0), top1
-
-
-def _log_softmax(logits: F32) -> NDArray[np.float64]:
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=-1, keepdims=True)
-    return np.asarray(wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True)))
+def _random(config: ModelConfig) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [[int(i) for i in rng.integers(0, config.n_vocab, min(_N_RANDOM, config.n_ctx), dtype=np.int32)]]

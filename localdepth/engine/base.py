@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from localdepth.config import ModelConfig, StateInit
 from localdepth.errors import ConfigError, ContextOverflow, DepthError, PromptError
+from localdepth.memory import MemoryPlan
 from localdepth.slots import n_planes
 
 __all__ = [
@@ -56,6 +57,8 @@ class Limits:
         kv_type: element type of the cache.
         n_batch: positions computed at a time in prefill.
         n_threads: threads of the engine's compute.
+        low_memory: no copies of weights in faster layouts.
+        memory_limit: bytes that may be taken in all; None takes what the machine has free.
     Raises:
         ConfigError: when a value is out of range.
     """
@@ -66,11 +69,13 @@ class Limits:
     kv_type: KvType = KvType.F16
     n_batch: int = 256
     n_threads: int = 1
+    low_memory: bool = False
+    memory_limit: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n_ctx", "kv_depth", "n_batch", "n_threads", "ring"):
+        for name in ("n_ctx", "kv_depth", "n_batch", "n_threads", "ring", "memory_limit"):
             value = getattr(self, name)
-            if value is None and name == "ring":
+            if value is None and name in ("ring", "memory_limit"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
@@ -79,14 +84,19 @@ class Limits:
 
 
 class Kv(Protocol):
-    """Cache of one sequence: ``n`` committed positions, of which position p ran ``depths[p]`` passes."""
+    """Cache of one sequence: ``n`` committed positions; position p ran ``depths[p]`` passes, at most ``max_depth``."""
 
     @property
     def n(self) -> int: ...
     @property
     def depths(self) -> Sequence[int]: ...
+    @property
+    def max_depth(self) -> int: ...
     def truncate(self, n: int) -> None:
         """Forget all positions from ``n`` on."""
+
+    def allow(self, max_depth: int) -> None:
+        """Let positions run up to ``max_depth`` passes from now on; never fewer than before."""
 
     def fork(self, n: int) -> "Kv":
         """A new cache that starts with a copy of the first ``n`` positions."""
@@ -128,10 +138,13 @@ class Engine(Protocol):
     def kv_bytes(self, depth: int, n_ctx: int) -> int:
         """Cache bytes of one sequence of ``n_ctx`` positions that runs ``depth`` passes."""
 
+    def plan(self, depth: int) -> MemoryPlan:
+        """Everything the loaded model takes with one sequence of ``depth`` passes that fills its context."""
+
     def open(self, max_depth: int) -> Kv:
         """An empty cache for one sequence whose positions run at most ``max_depth`` passes.
 
-        Raises: DepthError beyond ``limits.kv_depth``.
+        Raises: DepthError beyond ``limits.kv_depth``; OutOfMemory where its planes have no room.
         """
 
     def prelude(self, work: Sequence[tuple[Kv, Ids]], states: Sequence[F32 | None]) -> list[Span]:
@@ -139,6 +152,13 @@ class Engine(Protocol):
 
         A Kv carries one open span at a time.
         Raises: ContextOverflow when start + n > n_ctx; PromptError for ids outside the vocabulary.
+        """
+
+    def reopen(self, kvs: Sequence[Kv]) -> list[Span]:
+        """Open all committed positions of each Kv again, at the depth d they ran, to go on from s_d.
+
+        The positions of a Kv must have run the same depth. Planes of the prelude and of passes below d stand; the
+        coda runs again. Going on to D equals having started there: bit for bit, where the positions were one span.
         """
 
     def core(self, spans: Sequence[Span]) -> None:
@@ -156,7 +176,7 @@ class Engine(Protocol):
         """Make the spans' K/V final: their positions join the Kv at depth r. Runs the coda if it has not run."""
 
     def drop(self, spans: Sequence[Span]) -> None:
-        """Cancel open spans; their Kv is as before the prelude."""
+        """Cancel open spans; their Kv is as before the prelude. Positions that were open again are forgotten."""
 
     def close(self) -> None:
         """Release everything; safe to call twice."""

@@ -13,6 +13,7 @@ import numpy as np
 from localdepth.config import ModelConfig
 from localdepth.engine.base import F32, Ids, Kv, KvType, Limits, Rows, Span, check_open, check_pass, check_span, n_slots
 from localdepth.errors import EngineError
+from localdepth.memory import MemoryPlan
 from localdepth.slots import plane, visible
 
 __all__ = ["Attend", "EagerEngine", "EagerKv", "EagerSpan"]
@@ -30,6 +31,8 @@ class EagerKv:
         self.max_depth = max_depth
         self.depths: list[int] = []
         self.planes: dict[tuple[str, int, int], Planes] = {}
+        # e and s_d of committed positions, from which deeper passes go on
+        self.embeds, self.states = np.zeros((2, engine.limits.n_ctx, engine.config.n_embd), np.float32)
         self.span: EagerSpan | None = None
 
     @property
@@ -48,8 +51,19 @@ class EagerKv:
     def truncate(self, n: int) -> None:
         del self.depths[n:]
 
+    def allow(self, max_depth: int) -> None:
+        self.max_depth = max(self.max_depth, max_depth)
+
+    def commit(self, span: "EagerSpan") -> None:
+        """Let the positions of a span be at the depth it ran."""
+        rows = slice(span.start, span.start + span.n)
+        self.embeds[rows], self.states[rows] = span.embeds(), span.state()
+        self.depths[span.start :] = [span.r] * span.n
+        self.span = None
+
     def fork(self, n: int) -> "EagerKv":
         twin = EagerKv(self._engine, self.max_depth)
+        twin.embeds[:n], twin.states[:n] = self.embeds[:n], self.states[:n]
         twin.depths = self.depths[:n]
         twin.planes = {key: (k.copy(), v.copy()) for key, (k, v) in self.planes.items()}
         return twin
@@ -62,9 +76,9 @@ class EagerKv:
 class EagerSpan:
     """Open positions of one sequence."""
 
-    def __init__(self, kv: EagerKv, embeds: F32, state: F32) -> None:
+    def __init__(self, kv: EagerKv, start: int, embeds: F32, state: F32, r: int = 0) -> None:
         self.kv = kv
-        self.start, self.n, self.r = kv.n, len(embeds), 0
+        self.start, self.n, self.r = start, len(embeds), r
         self._embeds = embeds
         self._states = state, state  # s_{r-1}, s_r
         self.coda: F32 | None = None  # the coda's output at r
@@ -121,6 +135,21 @@ class EagerEngine(ABC):
     def kv_bytes(self, depth: int, n_ctx: int) -> int:
         return n_slots(self.config, depth, self.limits.ring) * 2 * self.config.n_embd_kv * n_ctx * 4
 
+    def plan(self, depth: int) -> MemoryPlan:
+        limits, row_bytes = self.limits, 4 * self.config.n_embd * self.limits.n_ctx
+        return MemoryPlan(
+            depth=depth,
+            n_ctx=limits.n_ctx,
+            ring=limits.ring,
+            kv_type=str(limits.kv_type),
+            mapped=0,
+            packed={"float32": 4 * self.config.n_params},
+            kv=self.kv_bytes(depth, limits.n_ctx),
+            states=2 * row_bytes,
+            rows=3 * row_bytes,
+            scratch=4 * limits.n_ctx * (limits.n_ctx * self.config.n_head + 2 * self.config.n_ff),
+        )
+
     def open(self, max_depth: int) -> EagerKv:
         self._check_alive()
         check_open(self.limits, max_depth)
@@ -134,8 +163,18 @@ class EagerEngine(ABC):
 
     def _open_span(self, kv: EagerKv, ids: Ids, state: F32 | None) -> Span:
         assert kv.span is None, "a Kv carries one open span"
-        e = self._stage("prelude", self.embed(ids), kv)
-        kv.span = EagerSpan(kv, e, np.zeros_like(e) if state is None else np.asarray(state, np.float32))
+        e = self._stage("prelude", self.embed(ids), kv, kv.n)
+        kv.span = EagerSpan(kv, kv.n, e, np.zeros_like(e) if state is None else np.asarray(state, np.float32))
+        return kv.span
+
+    def reopen(self, kvs: Sequence[Kv]) -> list[Span]:
+        self._check_alive()
+        return [self._reopen_span(cast(EagerKv, kv)) for kv in kvs]
+
+    def _reopen_span(self, kv: EagerKv) -> Span:
+        assert kv.span is None, "a Kv carries one open span"
+        assert len(set(kv.depths)) == 1, "all positions ran the same depth"
+        kv.span = EagerSpan(kv, 0, kv.embeds[: kv.n].copy(), kv.states[: kv.n].copy(), kv.depths[0])
         return kv.span
 
     def core(self, spans: Sequence[Span]) -> None:
@@ -143,7 +182,7 @@ class EagerEngine(ABC):
             check_pass(span.r, span.kv.max_depth)
         for span in cast(Sequence[EagerSpan], spans):
             x = self.inject(span.state(), span.embeds(), span.r)
-            span.advance(self._stage("core", x, span.kv, span.r))
+            span.advance(self._stage("core", x, span.kv, span.start, span.r))
 
     def coda(self, spans: Sequence[Span], rows: Rows = "last") -> list[F32]:
         return [self._logits(span, rows) for span in cast(Sequence[EagerSpan], spans)]
@@ -158,19 +197,19 @@ class EagerEngine(ABC):
 
     def _coda(self, span: EagerSpan) -> F32:
         if span.coda is None:
-            span.coda = self._stage("coda", self.enter_coda(span.state()), span.kv)
+            span.coda = self._stage("coda", self.enter_coda(span.state()), span.kv, span.start)
         return span.coda
 
     def commit(self, spans: Sequence[Span]) -> None:
         for span in cast(Sequence[EagerSpan], spans):
             assert span.r > 0, "a position runs at least one pass"
             self._coda(span)
-            span.kv.depths += [span.r] * span.n
-            span.kv.span = None
+            span.kv.commit(span)
 
     def drop(self, spans: Sequence[Span]) -> None:
         for span in cast(Sequence[EagerSpan], spans):
             span.kv.span = None
+            span.kv.truncate(span.start)
 
     def close(self) -> None:
         self._closed = True
@@ -179,20 +218,20 @@ class EagerEngine(ABC):
         if self._closed:
             raise EngineError("this model is closed; load it again")
 
-    def _stage(self, stage: str, x: F32, kv: EagerKv, r: int = 0) -> F32:
+    def _stage(self, stage: str, x: F32, kv: EagerKv, start: int, r: int = 0) -> F32:
         for layer in range(self.config.n_layer(stage)):
-            x = self.block(stage, layer, x, kv.n, self._attend(stage, layer, kv, r))
+            x = self.block(stage, layer, x, start, self._attend(stage, layer, kv, start, r))
         return x
 
-    def _attend(self, stage: str, layer: int, kv: EagerKv, r: int) -> Attend:
+    def _attend(self, stage: str, layer: int, kv: EagerKv, start: int, r: int) -> Attend:
         """Writes at this pass's plane, reads each older position at the plane it is visible through."""
         ring = self.limits.ring
         half = self.limits.kv_type is KvType.F16
 
         def attend(keys: F32, values: F32) -> Planes:
-            start, end = kv.n, kv.n + len(keys)
+            end = start + len(keys)
             write = plane(r, ring) if stage == "core" else 0
-            read = [visible(r, depth, ring) for depth in kv.depths] if stage == "core" else [0] * start
+            read = [visible(r, depth, ring) for depth in kv.depths[:start]] if stage == "core" else [0] * start
             own = kv.slot(stage, layer, write)
             for store, new in zip(own, (keys, values), strict=True):
                 store[start:end] = new.astype(np.float16) if half else new

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from localdepth.config import Injection, ModelConfig, NormPlacement, QkNorm, RopeStyle
-from localdepth.engine.ggml.handles import Graph, TensorGroup
+from localdepth.engine.ggml.handles import Graph, Tensor, TensorGroup
 from localdepth.engine.ggml.lib import Ggml
-from localdepth.engine.ggml.weights import ROPE_FACTORS
+from localdepth.engine.ggml.parts import Parts
 
 __all__ = ["Chunk", "GraphFactory"]
 
-Tensor = int
-_NODES_PER_LAYER, _NODES_AROUND = 64, 64  # bounds; a layer of the richest family needs 41
-_F32_BYTES, _F16_BYTES = 4, 2
+_NODES_PER_LAYER, _NODES_AROUND = 128, 64  # bounds; a layer of the richest family needs 41, and 56 to add squares
+_F32_BYTES, _F16_BYTES, _I32_BYTES = 4, 2, 4
 _ROPE_MODE = {RopeStyle.INTERLEAVED: 0, RopeStyle.HALF: 2}
 
 
@@ -30,25 +29,24 @@ class Chunk:
 
 
 class GraphFactory:
-    """Builds graphs over one model's weights.
+    """Builds graphs over one model's weights."""
 
-    Args:
-        weights: tensors by canonical name.
-        io: tensors ``tokens``, ``positions``, ``rows``, ``mask`` and ``logits``, written or read between graphs.
-        kv_bytes: size of one element of the K/V planes.
-    """
-
-    def __init__(self, lib: Ggml, config: ModelConfig, weights: TensorGroup, io: TensorGroup, kv_bytes: int) -> None:
-        self.lib, self.config, self.weights, self.io, self.kv_bytes = lib, config, weights, io, kv_bytes
+    def __init__(self, lib: Ggml, config: ModelConfig, parts: Parts) -> None:
+        self.lib, self.config, self.parts = lib, config, parts
 
     def prelude(self, chunk: Chunk, lane: TensorGroup, kv: TensorGroup) -> Graph:
         """tokens -> lane's embeds, and their share of the injection where it is linear."""
         nodes = _Nodes(self, self.config.n_prelude, chunk)
-        x = nodes.embed()
-        x = nodes.stage("prelude", x, kv)
+        x = nodes.stage("prelude", nodes.embed(), kv)
         nodes.store(x, lane["embeds"])
         if self.config.injection is Injection.CONCAT_LINEAR:
             nodes.store(nodes.linear(x, "injection.embeds"), lane["injected"])
+        return nodes.graph
+
+    def injected(self, chunk: Chunk, lane: TensorGroup) -> Graph:
+        """Lane's embeds -> their share of a linear injection, for positions whose prelude ran before."""
+        nodes = _Nodes(self, 0, chunk)
+        nodes.store(nodes.linear(nodes.rows(lane["embeds"]), "injection.embeds"), lane["injected"])
         return nodes.graph
 
     def core(self, chunk: Chunk, lane: TensorGroup, kv: TensorGroup, r: int) -> Graph:
@@ -59,13 +57,13 @@ class GraphFactory:
         nodes.store(x, lane[f"state{(r + 1) % 2}"])
         return nodes.graph
 
-    def coda(self, chunk: Chunk, lane: TensorGroup, kv: TensorGroup, r: int) -> Graph:
-        """State r -> lane's output of the coda."""
+    def coda(self, chunk: Chunk, lane: TensorGroup, kv: TensorGroup, r: int, n_out: int) -> Graph:
+        """State r -> lane's output of the coda, for the last ``n_out`` rows; the others only leave keys and values."""
         nodes = _Nodes(self, self.config.n_coda, chunk)
         x = nodes.rows(lane[f"state{r % 2}"])
         if self.config.norm_after_core:
             x = nodes.norm(x, "output_norm")
-        nodes.store(nodes.stage("coda", x, kv), lane["output"])
+        nodes.store_last(nodes.stage("coda", x, kv, n_out), lane["output"], n_out)
         return nodes.graph
 
     def head(self, chunk: Chunk, lane: TensorGroup) -> Graph:
@@ -81,28 +79,34 @@ class _Nodes:
     """The nodes of one graph while it is being built."""
 
     def __init__(self, factory: GraphFactory, n_layer: int, chunk: Chunk) -> None:
-        self.lib, self.config, self.weights, self.io = factory.lib, factory.config, factory.weights, factory.io
-        self.kv_bytes = factory.kv_bytes
+        self.lib, self.config, self.parts = factory.lib, factory.config, factory.parts
+        self.weights, self.io = factory.parts.weights, factory.parts.io
         self.chunk = chunk
         self.graph = Graph(self.lib, n_layer * _NODES_PER_LAYER + _NODES_AROUND)
         self.context = self.graph.context
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """Position of each row, [T]."""
-        return self._first(self.io["positions"])
+        self._position_views: dict[int, Tensor] = {}
+        self._mask_views: dict[int, Tensor] = {}
 
     @cached_property
     def kv_rows(self) -> Tensor:
         """Row of the K/V planes each new key goes to, [T]."""
         return self._first(self.io["rows"])
 
-    @cached_property
-    def mask(self) -> Tensor:
-        """0 where a row may look, -inf ahead of it: [S, T]."""
-        n, n_kv = self.chunk.n, self.chunk.n_kv
-        view: Tensor = self.lib.ggml_view_2d(self.context, self.io["mask"], n_kv, n, n_kv * _F16_BYTES, 0)
-        return view
+    def _positions(self, n: int) -> Tensor:
+        """Position of each of the last n rows, [n]."""
+        if n not in self._position_views:
+            first = (self.chunk.n - n) * _I32_BYTES
+            self._position_views[n] = self.lib.ggml_view_1d(self.context, self.io["positions"], n, first)
+        return self._position_views[n]
+
+    def _mask(self, n: int) -> Tensor:
+        """0 where one of the last n rows may look, -inf ahead of it: [S, n]."""
+        if n not in self._mask_views:
+            row = self.chunk.n_kv * _F16_BYTES
+            first = (self.chunk.n - n) * row
+            view = self.lib.ggml_view_2d(self.context, self.io["mask"], self.chunk.n_kv, n, row, first)
+            self._mask_views[n] = view
+        return self._mask_views[n]
 
     def rows(self, tensor: Tensor) -> Tensor:
         """This chunk's rows of a lane tensor, [E, T]."""
@@ -112,6 +116,12 @@ class _Nodes:
         """Copy x, [E, T], into this chunk's rows of a lane tensor."""
         self._copy(x, self.rows(target))
 
+    def store_last(self, x: Tensor, target: Tensor, n: int) -> None:
+        """Copy x, [E, n], into the last n of this chunk's rows of a lane tensor."""
+        if n:
+            first = self.chunk.offset + self.chunk.n - n
+            self._copy(x, self._view_rows(target, self.config.n_embd, first, n))
+
     def publish(self, x: Tensor) -> None:
         """Copy x, [V, T], into the first rows of io's logits."""
         self._copy(x, self._rows(self.io["logits"], self.config.n_vocab, 0))
@@ -120,9 +130,13 @@ class _Nodes:
         view: Tensor = self.lib.ggml_view_1d(self.context, tensor, self.chunk.n, 0)
         return view
 
-    def _rows(self, tensor: Tensor, n: int, first: int) -> Tensor:
-        row_bytes = n * _F32_BYTES
-        view: Tensor = self.lib.ggml_view_2d(self.context, tensor, n, self.chunk.n, row_bytes, first * row_bytes)
+    def _rows(self, tensor: Tensor, width: int, first: int) -> Tensor:
+        return self._view_rows(tensor, width, first, self.chunk.n)
+
+    def _view_rows(self, tensor: Tensor, width: int, first: int, n: int) -> Tensor:
+        """Rows ``first .. first + n - 1`` of a float32 tensor of this width: [width, n]."""
+        row_bytes = width * _F32_BYTES
+        view: Tensor = self.lib.ggml_view_2d(self.context, tensor, width, n, row_bytes, first * row_bytes)
         return view
 
     def _copy(self, x: Tensor, target: Tensor) -> None:
@@ -130,8 +144,8 @@ class _Nodes:
 
     def embed(self) -> Tensor:
         """Token vectors, scaled: [E, T]."""
-        tokens = self._first(self.io["tokens"])
-        x: Tensor = self.lib.ggml_get_rows(self.context, self.weights["token_embd.weight"], tokens)
+        tokens = self._first(self.parts.tokens)
+        x: Tensor = self.lib.ggml_get_rows(self.context, self.parts.embedding, tokens)
         if self.config.embed_scale != 1.0:
             x = self.lib.ggml_scale(self.context, x, self.config.embed_scale)
         return x
@@ -147,21 +161,49 @@ class _Nodes:
             case Injection.NONE:
                 return self.add(state, self.rows(lane["embeds"])) if r == 0 else state
 
-    def stage(self, stage: str, x: Tensor, kv: TensorGroup) -> Tensor:
-        """All layers of a stage: [E, T] -> [E, T]."""
-        for layer in range(self.config.n_layer(stage)):
-            prefix = f"{stage}.{layer}"
-            branch = self._attention(prefix, self.norm(x, f"{prefix}.attn_norm"), kv[f"{layer}.k"], kv[f"{layer}.v"])
-            x = self._join(x, branch, f"{prefix}.attn_post_norm")
-            branch = self._feed_forward(prefix, self.norm(x, f"{prefix}.ffn_norm"))
-            x = self._join(x, branch, f"{prefix}.ffn_post_norm")
-        return x
+    def stage(self, stage: str, x: Tensor, kv: TensorGroup, n_out: int | None = None) -> Tensor:
+        """All layers of a stage: [E, T] -> [E, T], or [E, n_out]: the last rows alone where no other is wanted."""
+        n = self.chunk.n
+        n_out = n if n_out is None else n_out
+        n_layer = self.config.n_layer(stage)
+        for layer in range(n_layer):
+            x = self._block(
+                f"{stage}.{layer}", x, kv[f"{layer}.k"], kv[f"{layer}.v"], n_out if layer == n_layer - 1 else n
+            )
+        return x if n_layer or n_out == n or not n_out else self._last(x, n_out)
 
-    def linear(self, x: Tensor, name: str) -> Tensor:
-        """W x, plus a bias where the model has one."""
-        out: Tensor = self.lib.ggml_mul_mat(self.context, self.weights[f"{name}.weight"], x)
+    def _block(self, prefix: str, x: Tensor, keys: Tensor, values: Tensor, n_out: int) -> Tensor:
+        """One layer; keys and values of all rows, everything else for the last ``n_out``."""
+        normed = self.norm(x, f"{prefix}.attn_norm")
+        self._remember_all(prefix, normed, keys, values)
+        if not n_out:
+            return x
+        if n_out < self.chunk.n:
+            x, normed = self._last(x, n_out), self._last(normed, n_out)
+        branch = self._attention(prefix, normed, keys, values, n_out)
+        x = self._join(x, branch, f"{prefix}.attn_post_norm")
+        branch = self._feed_forward(prefix, self.norm(x, f"{prefix}.ffn_norm"), n_out)
+        return self._join(x, branch, f"{prefix}.ffn_post_norm")
+
+    def _last(self, x: Tensor, n: int) -> Tensor:
+        """The last n of this chunk's rows of x: [E, n]."""
+        return self._view_rows(x, self.config.n_embd, self.chunk.n - n, n)
+
+    def linear(self, x: Tensor, name: str, n: int | None = None) -> Tensor:
+        """W x, plus a bias where the model has one; x has n rows, the chunk's without a number."""
+        if self.parts.sums:
+            self._add_squares(x, self.parts.sums[f"{name}.weight"])
+        weight = self.weights.for_rows(f"{name}.weight", self.chunk.n if n is None else n)
+        out: Tensor = self.lib.ggml_mul_mat(self.context, weight, x)
         bias = self.weights.get(f"{name}.bias")
         return out if bias is None else self.add(out, bias)
+
+    def _add_squares(self, x: Tensor, total: Tensor) -> None:
+        """Add the squares of x, [n_in, T], summed over rows, to ``total``, [n_in]."""
+        lib, context = self.lib, self.context
+        columns = lib.ggml_cont(context, lib.ggml_transpose(context, lib.ggml_sqr(context, x)))  # [T, n_in]
+        new = lib.ggml_reshape_1d(context, lib.ggml_sum_rows(context, columns), lib.ggml_nbytes(total) // _F32_BYTES)
+        self._copy(self.add(total, new), total)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """RMS norm where the model has one of this name, else x itself."""
@@ -182,33 +224,53 @@ class _Nodes:
             return self.norm(self.add(x, branch), post_norm)
         return self.add(x, self.norm(branch, post_norm))
 
-    def _attention(self, prefix: str, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        config, lib, context = self.config, self.lib, self.context
-        q, k, v = (self.linear(x, f"{prefix}.attn_{side}") for side in "qkv")
+    def _remember_all(self, prefix: str, x: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write the keys and values of all rows of x, [E, T], into their planes."""
+        config, lib, n = self.config, self.lib, self.chunk.n
+        k, v = self.linear(x, f"{prefix}.attn_k"), self.linear(x, f"{prefix}.attn_v")
         if config.qk_norm is QkNorm.FULL:
-            q, k = self.norm(q, f"{prefix}.attn_q_norm"), self.norm(k, f"{prefix}.attn_k_norm")
-        q = self._rotate(lib.ggml_reshape_3d(context, q, config.head_dim, config.n_head, self.chunk.n))
-        k = self._rotate(lib.ggml_reshape_3d(context, k, config.head_dim, config.n_head_kv, self.chunk.n))
-        self._remember(lib.ggml_reshape_2d(context, k, config.n_embd_kv, self.chunk.n), keys)
+            k = self.norm(k, f"{prefix}.attn_k_norm")
+        k = self._rotate(lib.ggml_reshape_3d(self.context, k, config.head_dim, config.n_head_kv, n), n)
+        self._remember(lib.ggml_reshape_2d(self.context, k, config.n_embd_kv, n), keys)
         self._remember(v, values)
+
+    def _attention(self, prefix: str, x: Tensor, keys: Tensor, values: Tensor, n: int) -> Tensor:
+        """What the last n rows, x [E, n], find in the planes."""
+        config, lib, context = self.config, self.lib, self.context
+        q = self.linear(x, f"{prefix}.attn_q", n)
+        if config.qk_norm is QkNorm.FULL:
+            q = self.norm(q, f"{prefix}.attn_q_norm")
+        q = self._rotate(lib.ggml_reshape_3d(context, q, config.head_dim, config.n_head, n), n)
         mixed = lib.ggml_flash_attn_ext(
             context,
-            lib.ggml_permute(context, q, 0, 2, 1, 3),  # [D, T, H]
+            lib.ggml_permute(context, q, 0, 2, 1, 3),  # [D, n, H]
             self._seen(keys),
             self._seen(values),
-            self.mask,
+            self._mask(n),
             config.head_dim**-0.5,
             0.0,
             0.0,
-        )  # [D, H, T]
-        return self.linear(lib.ggml_reshape_2d(context, mixed, config.n_embd_q, self.chunk.n), f"{prefix}.attn_output")
+        )  # [D, H, n]
+        return self.linear(lib.ggml_reshape_2d(context, mixed, config.n_embd_q, n), f"{prefix}.attn_output", n)
 
-    def _rotate(self, x: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor, n: int) -> Tensor:
+        """Rotate heads of the last n rows, [D, H, n], to their positions."""
         config = self.config
-        factors = self.weights.get(ROPE_FACTORS)
         mode = _ROPE_MODE[config.rope_style]
         rotated: Tensor = self.lib.ggml_rope_ext(
-            self.context, x, self.positions, factors, config.head_dim, mode, 0, config.rope_base, 1, 0, 1, 0, 0
+            self.context,
+            x,
+            self._positions(n),
+            self.parts.rope_factors,
+            config.head_dim,
+            mode,
+            0,
+            config.rope_base,
+            1,
+            0,
+            1,
+            0,
+            0,
         )
         return rotated
 
@@ -220,13 +282,13 @@ class _Nodes:
     def _seen(self, plane: Tensor) -> Tensor:
         """The first n_kv positions of a plane, heads apart: [D, S, H_kv]."""
         config = self.config
-        head = config.head_dim * self.kv_bytes
+        head = config.head_dim * self.parts.kv_bytes
         row = head * config.n_head_kv
         view: Tensor = self.lib.ggml_view_3d(
             self.context, plane, config.head_dim, self.chunk.n_kv, config.n_head_kv, row, head, 0
         )
         return view
 
-    def _feed_forward(self, prefix: str, x: Tensor) -> Tensor:
-        gate, up = self.linear(x, f"{prefix}.ffn_gate"), self.linear(x, f"{prefix}.ffn_up")
-        return self.linear(self.lib.ggml_swiglu_split(self.context, gate, up), f"{prefix}.ffn_down")
+    def _feed_forward(self, prefix: str, x: Tensor, n: int) -> Tensor:
+        gate, up = self.linear(x, f"{prefix}.ffn_gate", n), self.linear(x, f"{prefix}.ffn_up", n)
+        return self.linear(self.lib.ggml_swiglu_split(self.context, gate, up), f"{prefix}.ffn_down", n)

@@ -9,17 +9,18 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
 from localdepth.config import STAGES, Injection, ModelConfig
 from localdepth.engine.base import KvType, Limits
 from localdepth.engine.ggml import lib as ggml
-from localdepth.engine.ggml.handles import Backend, Graph, TensorGroup, aligned_zeros
+from localdepth.engine.ggml.device import Device
+from localdepth.engine.ggml.handles import ALIGNMENT, Graph, Memory, TensorGroup, aligned_zeros, copy_rows, read_into
 from localdepth.slots import n_planes
 
 __all__ = ["GgmlKv", "new_lane", "plane_bytes"]
 
 _TYPES = {KvType.F32: (ggml.F32, np.float32), KvType.F16: (ggml.F16, np.float16)}
+Admit = Callable[[int, "GgmlKv | None"], None]
 _MAX_GRAPHS = 512  # kept decode graphs per sequence, about 40 kB each
 
 
@@ -28,39 +29,63 @@ def plane_bytes(config: ModelConfig, kv_type: KvType, n_ctx: int) -> int:
     return 2 * n_ctx * config.n_embd_kv * np.dtype(_TYPES[kv_type][1]).itemsize
 
 
-def new_lane(backend: Backend, config: ModelConfig, n: int) -> TensorGroup:
+def new_lane(device: Device, config: ModelConfig, n: int) -> TensorGroup:
     """Working rows of a span: e, its injected form, s_r and s_{r+1} taking turns, the coda's output; [n, n_embd]."""
     names = ["embeds", "state0", "state1", "output"]
     if config.injection is Injection.CONCAT_LINEAR:
         names.append("injected")
-    return TensorGroup(backend, dict.fromkeys(names, (ggml.F32, (config.n_embd, n))))
+    return TensorGroup(device.lib, dict.fromkeys(names, (ggml.F32, (config.n_embd, n))), device.buffer_type)
 
 
 class _Planes:
-    """Keys and values of all layers of one stage at one pass: array [n_layer, 2, n_ctx, n_embd_kv]."""
+    """Keys and values of all layers of one stage at one pass, each tensor [n_ctx, n_embd_kv].
 
-    def __init__(self, backend: Backend, config: ModelConfig, limits: Limits, n_layer: int) -> None:
+    On the CPU they lie in numpy memory, whose pages cost nothing until they are written.
+    """
+
+    def __init__(self, device: Device, config: ModelConfig, limits: Limits, n_layer: int) -> None:
+        self._device = device
         kind, dtype = _TYPES[limits.kv_type]
-        # rows are padded so that each tensor starts aligned
-        step = -(-limits.n_ctx * config.n_embd_kv * np.dtype(dtype).itemsize // 64) * 64 // np.dtype(dtype).itemsize
-        memory = aligned_zeros((n_layer, 2, step), dtype)
-        self.array: npt.NDArray[np.generic] = memory[:, :, : limits.n_ctx * config.n_embd_kv].reshape(
-            n_layer, 2, limits.n_ctx, config.n_embd_kv
-        )
-        shape = (config.n_embd_kv, limits.n_ctx)
+        self._row_bytes = config.n_embd_kv * np.dtype(dtype).itemsize
+        n_bytes = limits.n_ctx * self._row_bytes
+        step = -(-n_bytes // ALIGNMENT) * ALIGNMENT
         names = [f"{layer}.{side}" for layer in range(n_layer) for side in "kv"]
-        self.tensors = TensorGroup(
-            backend, dict.fromkeys(names, (kind, shape)), memory.reshape(-1).view(np.uint8), step * memory.itemsize
-        )
+        specs = dict.fromkeys(names, (kind, (config.n_embd_kv, limits.n_ctx)))
+        if device.is_host:
+            self._bytes = aligned_zeros((len(names), step), np.uint8)
+            place: int | Memory = Memory(self._bytes.reshape(-1), range(0, step * len(names), step))
+        else:
+            place = device.buffer_type
+        self.tensors = TensorGroup(device.lib, specs, place)
+        if not device.is_host:
+            self.tensors.clear()  # attention multiplies what it masks, and rubbish may not be finite
+        self._names = names
+
+    def copy_rows(self, source: "_Planes", first: int, n: int) -> None:
+        """Take positions ``first .. first + n - 1`` from another pass."""
+        if self._device.is_host:
+            rows = slice(first * self._row_bytes, (first + n) * self._row_bytes)
+            self._bytes[:, rows] = source._bytes[:, rows]
+            return
+        for name in self._names:
+            copy_rows(self._device.lib, source.tensors[name], self.tensors[name], first, n, self._row_bytes)
 
 
 class GgmlKv:
-    """Cache of one sequence; planes of the core are made pass by pass on first use."""
+    """Cache of one sequence; planes of the core are made pass by pass on first use.
 
-    def __init__(self, backend: Backend, config: ModelConfig, limits: Limits, max_depth: int) -> None:
-        self._backend, self._config, self._limits = backend, config, limits
+    Args:
+        max_depth: passes its positions may run.
+        admit: refuses a depth that there is no room for; called with it and the cache it is for, None for a new one.
+    """
+
+    def __init__(self, device: Device, config: ModelConfig, limits: Limits, max_depth: int, admit: Admit) -> None:
+        admit(max_depth, None)
+        self._device, self._config, self._limits, self._admit = device, config, limits, admit
         self.max_depth = max_depth
         self.depths: list[int] = []
+        # e and s_d of committed positions, from which deeper passes go on; untouched pages cost nothing
+        self.embeds, self.states = np.zeros((2, limits.n_ctx, config.n_embd), np.float32)
         self._planes: dict[str, list[_Planes]] = {stage: [] for stage in STAGES}  # by pass in the core, else one
         self._lane: TensorGroup | None = None
         self._graphs: OrderedDict[tuple[object, ...], Graph] = OrderedDict()
@@ -75,27 +100,34 @@ class GgmlKv:
     def lane(self) -> TensorGroup:
         """Working rows of one-token spans; graphs over them are kept."""
         if self._lane is None:
-            self._lane = new_lane(self._backend, self._config, 1)
+            self._lane = new_lane(self._device, self._config, 1)
         return self._lane
 
     def tensors(self, stage: str, index: int) -> TensorGroup:
         """Tensors ``{layer}.k`` and ``{layer}.v`` of one plane, made on first use."""
         made = self._planes[stage]
         while len(made) <= index:
-            planes = _Planes(self._backend, self._config, self._limits, self._config.n_layer(stage))
-            if made:  # every committed position stopped before this plane existed
-                planes.array[:, :, : self.n] = made[-1].array[:, :, : self.n]
+            planes = _Planes(self._device, self._config, self._limits, self._config.n_layer(stage))
+            if made and self.n:  # every committed position stopped before this plane existed
+                planes.copy_rows(made[-1], 0, self.n)
             made.append(planes)
         return made[index].tensors
 
-    def commit(self, n: int, depth: int) -> None:
-        """Let ``n`` new positions join at ``depth``, visible from deeper passes through their last plane."""
-        new = slice(self.n, self.n + n)
+    def allow(self, max_depth: int) -> None:
+        if max_depth > self.max_depth:
+            self._admit(max_depth, self)
+            self.max_depth = max_depth
+
+    def commit(self, first: int, lane: TensorGroup, n: int, depth: int) -> None:
+        """Let n positions from ``first`` on be at ``depth``, visible from deeper passes through their last plane."""
         core = self._planes["core"]
-        if depth < n_planes(self.max_depth, self._limits.ring):
-            for deeper in core[depth:]:
-                deeper.array[:, :, new] = core[depth - 1].array[:, :, new]
-        self.depths += [depth] * n
+        last = n_planes(depth, self._limits.ring)
+        for deeper in core[last:]:
+            deeper.copy_rows(core[last - 1], first, n)
+        rows = slice(first, first + n)
+        read_into(self._device.lib, lane["embeds"], self.embeds[rows])
+        read_into(self._device.lib, lane[f"state{depth % 2}"], self.states[rows])
+        self.depths[first:] = [depth] * n
 
     def graph(self, key: tuple[object, ...], build: Callable[[], Graph]) -> Graph:
         """A decode graph, built once; the least recently used makes room."""
@@ -118,12 +150,13 @@ class GgmlKv:
         del self.depths[n:]
 
     def fork(self, n: int) -> "GgmlKv":
-        twin = GgmlKv(self._backend, self._config, self._limits, self.max_depth)
+        twin = GgmlKv(self._device, self._config, self._limits, self.max_depth, self._admit)
         for stage, made in self._planes.items():
             for index, planes in enumerate(made):
                 twin.tensors(stage, index)
-                twin._planes[stage][index].array[:, :, :n] = planes.array[:, :, :n]
+                twin._planes[stage][index].copy_rows(planes, 0, n)
         twin.depths = self.depths[:n]
+        twin.embeds[:n], twin.states[:n] = self.embeds[:n], self.states[:n]
         return twin
 
     def close(self) -> None:

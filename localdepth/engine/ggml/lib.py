@@ -6,6 +6,7 @@ Any misuse of ggml aborts the process, so nothing outside this package calls the
 
 import ctypes
 import importlib.util
+import itertools
 import logging
 import os
 import platform
@@ -16,28 +17,37 @@ from typing import Any, Final
 
 from localdepth.errors import EngineError, MissingExtra, install_line
 
-__all__ = ["F16", "F32", "I32", "I64", "INSTALL_LINE", "Ggml", "find_libraries", "library"]
+__all__ = ["F16", "F32", "GPU_TYPES", "I32", "I64", "INSTALL_LINE", "Ggml", "find_libraries", "library"]
 
 log = logging.getLogger(__name__)
 
 INSTALL_LINE: Final = install_line("gguf")
 # ggml's type ids for the tensors we make ourselves; those of weights come from the file's own table
 F32, F16, I32, I64 = 0, 1, 26, 27
+GPU_TYPES = (1, 2)  # enum ggml_backend_dev_type: with memory of its own, or integrated
 
 _TESTED = "0.25."  # ggml_version() of llama-cpp-python 0.3.36
 _TENSOR_BYTES = 336 + 32  # sizeof(struct ggml_tensor) + its bookkeeping; another size is another ABI
 # The versioned names are the ones the libraries themselves ask for: opening any other maps a second copy.
+# The last one is the registry of devices.
 _FILES = {
-    "Linux": ("libggml-base.so.0", "libggml-cpu.so.0"),
-    "Darwin": ("libggml-base.dylib", "libggml-cpu.dylib"),
-    "Windows": ("ggml-base.dll", "ggml-cpu.dll"),
+    "Linux": ("libggml-base.so.0", "libggml-cpu.so.0", "libggml.so.0"),
+    "Darwin": ("libggml-base.dylib", "libggml-cpu.dylib", "libggml.dylib"),
+    "Windows": ("ggml-base.dll", "ggml-cpu.dll", "ggml.dll"),
 }
 
+_EXTRA = b"ggml_backend_dev_get_extra_bufts"
 _LogCallback = CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 
 
 class _InitParams(ctypes.Structure):
     _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
+
+
+class _Plan(ctypes.Structure):
+    """struct ggml_cplan, of which we read the beginning."""
+
+    _fields_ = (("work_size", c_size_t), ("rest", c_uint8 * 120))
 
 
 _P, _I, _L, _Z, _F = c_void_p, c_int, c_int64, c_size_t, c_float
@@ -61,6 +71,11 @@ _FUNCTIONS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ggml_add": (_P, (_P, _P, _P)),
     "ggml_mul": (_P, (_P, _P, _P)),
     "ggml_scale": (_P, (_P, _P, _F)),
+    "ggml_sqr": (_P, (_P, _P)),
+    "ggml_sum_rows": (_P, (_P, _P)),
+    "ggml_cont": (_P, (_P, _P)),
+    "ggml_transpose": (_P, (_P, _P)),
+    "ggml_reshape_1d": (_P, (_P, _P, _L)),
     "ggml_rms_norm": (_P, (_P, _P, _F)),
     "ggml_mul_mat": (_P, (_P, _P, _P)),
     "ggml_get_rows": (_P, (_P, _P, _P)),
@@ -74,6 +89,7 @@ _FUNCTIONS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ggml_gallocr_new": (_P, (_P,)),
     "ggml_gallocr_free": (None, (_P,)),
     "ggml_gallocr_reserve": (c_bool, (_P, _P)),
+    "ggml_gallocr_reserve_n_size": (None, (_P, _P, _P, _P, POINTER(_Z))),
     "ggml_gallocr_alloc_graph": (c_bool, (_P, _P)),
     "ggml_gallocr_get_buffer_size": (_Z, (_P, _I)),
     "ggml_backend_cpu_init": (_P, ()),
@@ -81,12 +97,36 @@ _FUNCTIONS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ggml_backend_free": (None, (_P,)),
     "ggml_backend_get_default_buffer_type": (_P, (_P,)),
     "ggml_backend_graph_compute": (_I, (_P, _P)),
-    "ggml_backend_alloc_ctx_tensors": (_P, (_P, _P)),
+    "ggml_graph_plan": (_Plan, (_P, _I, _P)),
+    "ggml_backend_alloc_ctx_tensors_from_buft": (_P, (_P, _P)),
+    "ggml_backend_buft_get_alloc_size": (_Z, (_P, _P)),
+    "ggml_backend_buft_name": (c_char_p, (_P,)),
+    "ggml_backend_cpu_buffer_type": (_P, ()),
     "ggml_backend_cpu_buffer_from_ptr": (_P, (_P, _Z)),
     "ggml_backend_buffer_free": (None, (_P,)),
+    "ggml_backend_buffer_get_base": (_P, (_P,)),
+    "ggml_backend_buffer_get_size": (_Z, (_P,)),
+    "ggml_backend_buffer_clear": (None, (_P, c_uint8)),
+    "ggml_backend_buffer_set_usage": (None, (_P, _I)),
     "ggml_backend_tensor_alloc": (_I, (_P, _P, _P)),
     "ggml_backend_tensor_set": (None, (_P, _P, _Z, _Z)),
     "ggml_backend_tensor_get": (None, (_P, _P, _Z, _Z)),
+    "ggml_backend_sched_new": (_P, (_P, _P, _I, _Z, c_bool, c_bool)),
+    "ggml_backend_sched_free": (None, (_P,)),
+    "ggml_backend_sched_reserve_size": (None, (_P, _P, POINTER(_Z))),
+    "ggml_backend_sched_alloc_graph": (c_bool, (_P, _P)),
+    "ggml_backend_sched_graph_compute": (_I, (_P, _P)),
+    "ggml_backend_cpu_reg": (_P, ()),
+    "ggml_backend_reg_dev_get": (_P, (_P, _Z)),
+    "ggml_backend_reg_get_proc_address": (_P, (_P, c_char_p)),
+    "ggml_backend_dev_count": (_Z, ()),
+    "ggml_backend_dev_get": (_P, (_Z,)),
+    "ggml_backend_dev_name": (c_char_p, (_P,)),
+    "ggml_backend_dev_description": (c_char_p, (_P,)),
+    "ggml_backend_dev_type": (_I, (_P,)),
+    "ggml_backend_dev_init": (_P, (_P, c_char_p)),
+    "ggml_backend_dev_memory": (None, (_P, POINTER(_Z), POINTER(_Z))),
+    "ggml_backend_dev_supports_op": (c_bool, (_P, _P)),
     "ggml_quantize_chunk": (_Z, (_I, POINTER(c_float), POINTER(c_uint8), _L, _L, _L, POINTER(c_float))),
     "ggml_cpu_has_avx2": (_I, ()),
     "ggml_cpu_has_avx512": (_I, ()),
@@ -125,6 +165,24 @@ class Ggml:
         if not handle:
             raise EngineError(f"ggml could not allocate {n_bytes} bytes of tensor records; free some memory")
         return int(handle)
+
+    def devices(self) -> list[int]:
+        """Every device ggml was built for, the CPU among them."""
+        return [self.ggml_backend_dev_get(i) for i in range(self.ggml_backend_dev_count())]
+
+    def extra_buffer_types(self) -> dict[str, int]:
+        """The CPU's own layouts for weights by name, such as "CPU_REPACK"; handles of ggml buffer types."""
+        device = self.cpu_device()
+        address = self.ggml_backend_reg_get_proc_address(self.ggml_backend_cpu_reg(), _EXTRA)
+        if not address:
+            return {}
+        listed = CFUNCTYPE(POINTER(c_void_p), c_void_p)(address)(device)  # ends with a null pointer
+        handles = itertools.takewhile(bool, (listed[i] for i in itertools.count())) if listed else ()
+        return {self.ggml_backend_buft_name(handle).decode(): handle for handle in handles if handle}
+
+    def cpu_device(self) -> int:
+        """Handle of the CPU as a device."""
+        return int(self.ggml_backend_reg_dev_get(self.ggml_backend_cpu_reg(), 0))
 
 
 def find_libraries() -> Path | None:

@@ -1,0 +1,28 @@
+"""The command line: each command parses, calls one function of the library, prints.
+
+Exit codes: 0 done, 1 the check failed, 2 request or file refused, 3 the machine failed, 130 interrupted.
+"""
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Entry point of the ``localdepth`` command."""
+    try:
+        from localdepth import console
+        from localdepth.cli import (  # noqa: F401  # each registers its commands
+            ask,
+            chat,
+            doctor,
+            files,
+            measure,
+            models,
+            quantise,
+            train,
+        )
+        from localdepth.cli.common import app
+
+        console.speak_utf8()
+        app()
+    except KeyboardInterrupt:  # outside any command: while importing, or on the way out
+        raise SystemExit(130) from None

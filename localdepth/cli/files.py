@@ -1,0 +1,116 @@
+"""Model files: ``inspect``, ``verify``, ``export``."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from localdepth import console
+from localdepth.cli.common import CHECK_FAILED, app, brief, command, needs
+from localdepth.cli.options import ImportanceOption, JsonOption, parse_ints, read_text
+from localdepth.gguf import read
+
+__all__ = ["export_app", "export_gguf", "inspect", "verify"]
+
+export_app = typer.Typer(help="Write a checkpoint as a model file.", no_args_is_help=True)
+app.add_typer(export_app, name="export")
+
+
+@app.command()
+@command
+def inspect(
+    file: Annotated[Path, typer.Argument(help="Model file.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a model file holds, without loading its weights."""
+    with read(file) as opened:
+        record = opened.summary()
+    if as_json:
+        console.emit(record)
+        return
+    config = record.pop("config")
+    console.show_facts({key: str(value) for key, value in config.items()})
+    console.say.print()
+    console.show_facts({key: brief(value) for key, value in record.items()})
+
+
+@app.command()
+@command
+def verify(
+    file: Annotated[Path, typer.Argument(help="Model file; the result is written into it.")],
+    checkpoint: Annotated[Path, typer.Argument(help="The directory it was exported from.")],
+    depths: Annotated[str, typer.Option("--depths", help="Depths to compare.")] = "1,2,4,8,16",
+    text: Annotated[Path | None, typer.Option("--text", help="Text to run; random tokens without it.")] = None,
+    importance: ImportanceOption = None,
+    record: Annotated[bool, typer.Option("--record/--no-record", help="Write the result into the file.")] = True,
+    as_json: JsonOption = False,
+) -> int:
+    """Compare a model file with its checkpoint, depth by depth, against the reference."""
+    with needs("export"):
+        from localdepth_export.importance import Importance
+        from localdepth_export.verification import verify as run
+
+    with console.waiting("comparing"):
+        report = run(
+            file,
+            checkpoint,
+            depths=parse_ints("depths", depths),
+            text=None if text is None else read_text(text),
+            importance=None if importance is None else Importance.load(importance),
+            record=record,
+        )
+    check = report.check
+    if as_json:
+        console.emit(
+            {
+                "passed": report.passed,
+                "quant": report.quant,
+                "n_tokens": report.n_tokens,
+                "wrong_tensors": report.wrong_tensors,
+                "exact": report.exact,
+                **asdict(check),
+            }
+        )
+    else:
+        lines = zip(check.depths, check.max_abs, check.kl, check.top1, strict=True)
+        rows = [(str(d), f"{a:.2e}", f"{kl:.2e}", f"{100 * top:.1f} %") for d, a, kl, top in lines]
+        console.show_table(("depth", "max abs", "KL, nats", "same top-1"), rows)
+        console.say.print(f"{report.n_tokens} positions of {report.text_source}; {report.verdict}")
+    return 0 if report.passed else CHECK_FAILED
+
+
+@export_app.command("gguf")
+@command
+def export_gguf(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory of a Huginn, retrofit or localdepth checkpoint.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
+    quant: Annotated[
+        str, typer.Option("--quant", "-q", help='F32 to Q4_0, and stages that differ: "Q4_K,core=Q6_K,head=Q8_0".')
+    ] = "Q8_0",
+    importance: ImportanceOption = None,
+    license_name: Annotated[str | None, typer.Option("--license", help="Of the weights, if the card lacks it.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a checkpoint as a GGUF file."""
+    with needs("export"):
+        from localdepth_export.convert import to_gguf
+        from localdepth_export.importance import Importance
+    with console.tracking("quantising") as on_progress:
+        done = to_gguf(
+            checkpoint,
+            out,
+            quant=quant,
+            importance=None if importance is None else Importance.load(importance),
+            license_name=license_name,
+            on_progress=on_progress,
+        )
+    if as_json:
+        console.emit({**asdict(done), "path": str(done.path)})
+        return
+    console.say.print(
+        f"{done.path}: {done.kind}, {done.n_params:,} parameters as {done.quant}, {done.n_bytes:,} bytes"
+        f"{'' if done.has_tokenizer else ', no tokenizer: it takes and gives token ids'}"
+    )
+    if done.fallbacks:
+        console.say.print(f"{len(done.fallbacks)} matrices have rows that do not fit and are finer; inspect lists them")

@@ -1,0 +1,157 @@
+"""Measurements: ``curve``, ``bench``."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from localdepth import console
+from localdepth.cli.common import app, command
+from localdepth.cli.options import (
+    DeviceOption,
+    EngineOption,
+    JsonOption,
+    KvTypeOption,
+    LowMemoryOption,
+    ModelOption,
+    NCtxOption,
+    RingOption,
+    ThreadsOption,
+    parse_ints,
+)
+from localdepth.memory import as_size
+from localdepth.model import Model, load
+
+__all__ = ["bench", "curve"]
+
+_Questions = tuple[list[Any], Callable[[Any, str], bool], str]  # what to ask, the judge, a note for people
+
+
+@app.command()
+@command
+def curve(
+    model: ModelOption = None,
+    depths: Annotated[str, typer.Option("--depths", help="Depths to measure.")] = "1,2,3,4,6,8,12,16,32,64",
+    seed: Annotated[int, typer.Option("--seed", help="Of the fresh questions.")] = 0,
+    per_cell: Annotated[
+        int,
+        typer.Option("--per-cell", min=1, help="Questions per number of steps, in sixes."),
+    ] = 300,
+    steps: Annotated[str, typer.Option("--steps", help="Numbers of steps to ask.")] = "1,2,3,4,5,6,7,8",
+    data: Annotated[Path | None, typer.Option("--data", help="JSONL with question, answer, family, steps.")] = None,
+    engine: EngineOption = "auto",
+    n_threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure accuracy by steps and depth on questions the model has not been trained on."""
+    from localdepth_apps.curve import measure
+
+    wanted = parse_ints("depths", depths)
+    questions, is_right, note = (
+        _questions_from(data) if data else _fresh_questions(seed, per_cell, parse_ints("steps", steps))
+    )
+    n_answers = len(questions) * len(wanted)
+    with console.waiting("loading"):
+        loaded = load(model, engine=engine, n_threads=n_threads)
+    with loaded, console.ticking("asking", n_answers) as tick:
+        result = measure(loaded, questions, wanted, is_right, tick)
+    if as_json:
+        console.notes.print(note)
+        console.emit(result.to_dict())
+        return
+    headings = ["depth", *map(str, wanted), "90 % at"]
+    passes = {f"{steps} steps": "-" if depth is None else str(depth) for steps, depth in result.passes_to(0.9).items()}
+    rows = [(f"{n} steps", cells) for n, cells in sorted(result.by_steps.items())]
+    rows += [*sorted(result.by_family.items()), ("all", result.total)]
+    shown: list[list[str | Text]] = [
+        [name, *(console.shade(cells[depth].accuracy) for depth in wanted), passes.get(name, "")]
+        for name, cells in rows
+    ]
+    shown.append(["ms an answer", *(f"{result.ms[depth]:.0f} " for depth in wanted), ""])
+    console.show_table(headings, shown, "right answers in %, by depth; and the depth that reaches 90 %")
+    console.say.print(note)
+
+
+@app.command()
+@command
+def bench(
+    model: ModelOption = None,
+    depths: Annotated[str | None, typer.Option("--depths", help="Depths to measure; powers of two without.")] = None,
+    threads: Annotated[str | None, typer.Option("--threads", help="Compute threads; 1,2 compares two numbers.")] = None,
+    n_prompt: Annotated[int | None, typer.Option("--prompt", help="Tokens of a prompt; 128 where they fit.")] = None,
+    n_generated: Annotated[int | None, typer.Option("--tokens", help="Tokens of an answer; 32 where they fit.")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", help="Measurements of each speed.")] = 3,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
+    n_ctx: NCtxOption = None,
+    ring: RingOption = None,
+    kv_type: KvTypeOption = "f16",
+    low_memory: LowMemoryOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure tokens a second by depth: reading a prompt (prefill), and writing an answer (decode)."""
+    from localdepth_apps.bench import measure
+
+    def open_model(n_threads: int | None) -> Model:
+        return load(
+            model,
+            engine=engine,
+            device=device,
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            ring=ring,
+            kv_type=kv_type,
+            low_memory=low_memory,
+        )
+
+    with console.tracking("measuring") as on_progress:
+        result = measure(
+            open_model,
+            parse_ints("threads", threads) if threads else [None],
+            depths=parse_ints("depths", depths) if depths else None,
+            n_prompt=n_prompt,
+            n_generated=n_generated,
+            rounds=rounds,
+            on_progress=on_progress,
+        )
+    if as_json:
+        console.emit(result.to_dict())
+        return
+    headings = ("depth", "prefill", "best", "decode", "best")
+    for n_threads in result.load_ms:
+        speeds = [speed for speed in result.speeds if speed.threads == n_threads]
+        rows = [(str(speed.depth), *map(_tok_s, speed.tok_s)) for speed in speeds]
+        console.show_table(headings, rows, f"tokens a second, threads: {n_threads}")
+    loads = ", ".join(f"{ms:.0f} ms" for ms in result.load_ms.values())
+    peak = f"; this process held {as_size(result.peak_bytes)} at most" if result.peak_bytes else ""
+    console.say.print(
+        f"median and best of {result.rounds} rounds; {result.n_prompt} tokens read, {result.n_generated} written; "
+        f"loaded in {loads}"
+    )
+    console.say.print(f"planned memory {result.memory}{peak}")
+
+
+def _tok_s(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _questions_from(file: Path) -> _Questions:
+    from localdepth_apps.curve import is_same_answer, read_questions
+
+    questions = read_questions(file)
+    return list(questions), is_same_answer, f"{len(questions)} questions from {file}"
+
+
+def _fresh_questions(seed: int, per_cell: int, steps: list[int]) -> _Questions:
+    from localdepth_train.families import FAMILIES
+    from localdepth_train.tasks import evaluation, is_right, overlap
+
+    questions = evaluation(seed, -(-per_cell // len(FAMILIES)), steps=steps)
+    divided = [question for question in questions if question.is_split]
+    note = (
+        f"{len(questions)} fresh questions; {len(divided)} of them on held-out compositions, of which "
+        f"{100 * overlap(questions):.1f} % occur in training; the rest have too few steps to be split"
+    )
+    return questions, is_right, note

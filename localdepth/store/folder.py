@@ -1,0 +1,308 @@
+"""The models folder: whole files with a manifest each, and nothing half.
+
+    <name>.gguf     a model; one dropped in by hand is listed too, as having no manifest
+    <name>.json     its manifest: where it came from, and its checksum
+    .pull/<name>/   a pull under way; what a killed one left there goes with the next pull
+    .locks/         so that one process at a time pulls a name
+
+A name that somebody gives is compared with the names in the folder and never joined to a path: none leads outside.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from localdepth.errors import ModelFileError, RequestError, StorageError
+
+__all__ = [
+    "HOME",
+    "Manifest",
+    "Progress",
+    "Store",
+    "Stored",
+    "Verdict",
+    "as_size",
+    "default_folder",
+    "digest",
+    "find",
+    "model_name",
+    "silent",
+    "storage",
+]
+
+HOME = "LOCALDEPTH_HOME"  # environment variable: the folder that holds "models", in place of the platform's own
+_DEFAULT_NAME = "default"  # what the model that comes with the package is called
+_SUFFIX, _MANIFEST = ".gguf", ".json"
+_PULLS, _LOCKS = ".pull", ".locks"
+_LONGEST_NAME = 100
+_LARGEST_MANIFEST = 1 << 16
+_CHUNK = 1 << 22
+
+Progress = Callable[[str, int, int], None]  # what is being worked on, how much of it is done, how much there is
+
+
+def silent(_what: str, _done: int, _total: int) -> None:
+    """The ``Progress`` of those who do not look."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Where a stored file came from.
+
+    Attributes:
+        sha256: of the stored file, in hex.
+        file: the file of the repository it is; None when it was converted from a checkpoint.
+        quant: how its matrices are stored, as the file says.
+        license: of the weights; None when neither repository nor file names one.
+        pulled: date and time, UTC, ISO 8601.
+    """
+
+    sha256: str
+    n_bytes: int
+    repo: str
+    revision: str
+    commit: str
+    file: str | None
+    quant: str
+    license: str | None
+    pulled: str
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest | None":
+        """The manifest at ``path``; None where there is none that can be believed."""
+        try:
+            if not path.is_file() or path.stat().st_size > _LARGEST_MANIFEST:
+                return None
+            record = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
+        kinds: dict[str, Any] = {item.name: item.type for item in fields(cls)}
+        if not isinstance(record, dict) or set(record) != set(kinds):
+            return None
+        return cls(**record) if all(isinstance(record[name], kind) for name, kind in kinds.items()) else None
+
+    def write(self, path: Path) -> None:
+        """Put it at ``path``, whole or not at all."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+class Verdict(StrEnum):
+    """What comparing a stored file with its manifest gave."""
+
+    SOUND = "sound"
+    DAMAGED = "damaged"
+    NO_MANIFEST = "no manifest"  # nothing to compare with
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A model file in the folder."""
+
+    path: Path
+    n_bytes: int
+    manifest: Manifest | None
+
+    @property
+    def name(self) -> str:
+        """What to call it on the command line and in ``load``."""
+        return self.path.stem
+
+    def verify(self, progress: Progress = silent) -> Verdict:
+        """Compare size and checksum with the manifest.
+
+        Raises:
+            StorageError: the file cannot be read.
+        """
+        if self.manifest is None:
+            return Verdict.NO_MANIFEST
+        same = self.n_bytes == self.manifest.n_bytes and digest(self.path, progress) == self.manifest.sha256
+        return Verdict.SOUND if same else Verdict.DAMAGED
+
+
+class Store:
+    """A models folder; it need not exist yet.
+
+    Args:
+        folder: None is ``default_folder()``.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        self.folder = default_folder() if folder is None else Path(folder)
+
+    def models(self) -> list[Stored]:
+        """All model files, by name; whether each can be used is for ``localdepth.gguf.read`` to say."""
+        found = []
+        for path in sorted(self.folder.glob(f"[!.]*{_SUFFIX}")):
+            try:
+                if path.is_file():
+                    found.append(Stored(path, path.stat().st_size, Manifest.read(path.with_suffix(_MANIFEST))))
+            except OSError:  # gone meanwhile, or a link that cannot be followed
+                continue
+        return found
+
+    def get(self, name: str) -> Stored:
+        """The model of that name.
+
+        Raises:
+            ModelFileError: there is none.
+        """
+        for stored in self.models():
+            if stored.name == name:
+                return stored
+        raise ModelFileError(
+            f"there is no model {name!r:.120} in {self.folder}; `localdepth models list` shows which there are"
+        )
+
+    def remove(self, name: str) -> int:
+        """Remove a model and its manifest; a link goes, what it points to stays. Returns the bytes freed.
+
+        Raises:
+            ModelFileError: there is none of that name.
+            StorageError: it cannot be removed.
+        """
+        path = self.get(name).path
+        with storage(path, "removed"):
+            status = path.lstat()
+            path.unlink()
+            path.with_suffix(_MANIFEST).unlink(missing_ok=True)
+        elsewhere = stat.S_ISLNK(status.st_mode) or status.st_nlink > 1  # the Hugging Face cache has the same bytes
+        return 0 if elsewhere else status.st_size
+
+    @contextmanager
+    def staging(self, name: str, progress: Progress = silent) -> Iterator[Path]:
+        """An empty folder on the store's file system to make a model in, removed afterwards.
+
+        Nobody else has that of the same name meanwhile: a second process waits here for the first.
+
+        Raises:
+            StorageError: the folder cannot be made.
+        """
+        pulls = self.folder / _PULLS
+        with storage(self.folder, "written"):
+            pulls.mkdir(parents=True, exist_ok=True)
+        with self._lock(name, on_wait=lambda: progress(f"waiting for another pull of {name}", 0, 0)):
+            self._sweep(pulls, besides=name)
+            place = pulls / name
+            try:
+                with storage(place, "written"):
+                    shutil.rmtree(place, ignore_errors=True)
+                    place.mkdir()
+                yield place
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
+
+    def put(self, made: Path, name: str, manifest: Manifest) -> Stored:
+        """Give a file from ``staging`` its place, in that of an older one of the same name.
+
+        Raises:
+            StorageError: the folder cannot be written; an older model stays.
+        """
+        path = self.folder / f"{name}{_SUFFIX}"
+        with storage(path, "written"):
+            manifest.write(path.with_suffix(_MANIFEST))  # first: without its file it is not listed
+            made.replace(path)
+        return Stored(path, manifest.n_bytes, manifest)
+
+    @contextmanager
+    def _lock(self, name: str, on_wait: Callable[[], None] | None = None) -> Iterator[bool]:
+        """Hold the lock of a name. Where another process has it: say so and wait; without ``on_wait`` yield False."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.folder / _LOCKS / f"{name}.lock")
+        with storage(self.folder, "locked"):
+            (self.folder / _LOCKS).mkdir(exist_ok=True)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                if on_wait:
+                    on_wait()
+                    lock.acquire()
+        try:
+            yield lock.is_locked
+        finally:
+            lock.release()
+
+    def _sweep(self, pulls: Path, *, besides: str) -> None:
+        """Remove what killed pulls of other names left: those whose lock nobody holds."""
+        for place in pulls.iterdir():
+            if place.name != besides:
+                with self._lock(place.name) as free:
+                    if free:
+                        shutil.rmtree(place, ignore_errors=True)
+
+
+def default_folder() -> Path:
+    """``models`` in the folder that LOCALDEPTH_HOME names, else in the platform's folder for user data."""
+    from platformdirs import user_data_path
+
+    home = os.environ.get(HOME)
+    return (Path(home) if home else user_data_path("localdepth", appauthor=False)) / "models"
+
+
+def find(name: str, folder: str | os.PathLike[str] | None = None) -> Path | None:
+    """The file of the stored model called ``name``, or None."""
+    return next((stored.path for stored in Store(folder).models() if stored.name == name), None)
+
+
+def model_name(text: str) -> str:
+    """``text`` as the name of a model: letters, digits, ".", "_" and "-", at most 100 of them.
+
+    Raises:
+        RequestError: nothing is left, or the name is that of the default model.
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:_LONGEST_NAME].strip("-.")
+    if name in ("", _DEFAULT_NAME):
+        raise RequestError(f"{text!r:.120} cannot be the name of a stored model; choose another")
+    return name
+
+
+def digest(path: Path, progress: Progress = silent, name: str | None = None) -> str:
+    """SHA-256 of a file, in hex; ``name`` is what to call it meanwhile.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    state, done = hashlib.sha256(), 0
+    with storage(path, "read"), open(path, "rb", buffering=0) as file:
+        total = os.fstat(file.fileno()).st_size
+        while chunk := file.read(_CHUNK):
+            state.update(chunk)
+            done += len(chunk)
+            progress(f"checking {name or path.name}", done, total)
+    return state.hexdigest()
+
+
+def as_size(n_bytes: int) -> str:
+    """Bytes for people."""
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
+
+
+@contextmanager
+def storage(path: Path, doing: str, setting: str = HOME) -> Iterator[None]:
+    """Failures of the file system as ours.
+
+    Args:
+        doing: what was to be done with ``path``: "written", "read", "removed".
+        setting: the environment variable that names another place.
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free space there" if full else f"check the place, or name another one in {setting}"
+        raise StorageError(f"{path} cannot be {doing}: {error.strerror or error}; {remedy}") from error
