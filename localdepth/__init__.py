@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from localdepth.conversation import Conversation, Exchange, Reply
     from localdepth.errors import LocalDepthError
     from localdepth.generate import Generation, Stats, Stream, Token
-    from localdepth.model import Model, inspect, load
+    from localdepth.loading import inspect, load, plan
+    from localdepth.memory import MemoryPlan
+    from localdepth.model import Model
     from localdepth.policy.base import Decision, DepthPolicy, Query
     from localdepth.sampling import GREEDY, Sampling
 
@@ -30,6 +32,7 @@ __all__ = [
     "Exchange",
     "Generation",
     "LocalDepthError",
+    "MemoryPlan",
     "Model",
     "ModelConfig",
     "Query",
@@ -41,6 +44,7 @@ __all__ = [
     "__version__",
     "inspect",
     "load",
+    "plan",
 ]
 
 _HOMES = {
@@ -48,7 +52,9 @@ _HOMES = {
     "conversation": ("Conversation", "Exchange", "Reply"),
     "errors": ("LocalDepthError",),
     "generate": ("Generation", "Stats", "Stream", "Token"),
-    "model": ("Model", "inspect", "load"),
+    "loading": ("inspect", "load", "plan"),
+    "memory": ("MemoryPlan",),
+    "model": ("Model",),
     "policy.base": ("Decision", "DepthPolicy", "Query"),
     "sampling": ("GREEDY", "Sampling"),
 }

@@ -149,7 +149,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         filters |= {"indent": self._indent, "join": self._join_items, "replace": self._replace, "safe": str}
         filters |= {"tojson": self._tojson, "trim": self._trim}
         self.filters = {name: self._charged(function) for name, function in filters.items()}
-        self.tests = {name: self._charged(function) for name, function in self.tests.items()}
+        tests: dict[str, Any] = dict(self.tests)
+        self.tests = {name: self._charged(function) for name, function in tests.items()}
 
     def charge(self, value: Any) -> Any:
         """Pay for ``value`` with all it contains and return it; an iterator pays as it is used."""

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -34,6 +35,7 @@ __all__ = [
     "speak_utf8",
     "ticking",
     "tracking",
+    "tracking_all",
     "waiting",
 ]
 
@@ -157,12 +159,25 @@ def ticking(label: str, total: int) -> Iterator[Callable[[], None]]:
 @contextmanager
 def tracking(label: str) -> Iterator[Callable[[int, int], None]]:
     """A bar as ``ticking`` shows, for work that knows itself how far it is; yields what takes done and total."""
+    with tracking_all() as show:
+        yield partial(show, label)
+
+
+@contextmanager
+def tracking_all() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each thing that is worked on; yields what takes its name, done and total, 0 where nobody knows."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn  # takes 10 ms
 
-    columns = (TextColumn(label), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as progress:
-        task = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(plain(what), total=None)
+            progress.update(tasks[what], completed=done, total=total or None, visible=done < total or not total)
+
+        yield show
 
 
 @contextmanager

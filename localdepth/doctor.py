@@ -10,7 +10,7 @@ from typing import Any
 
 from localdepth.engine.ggml.lib import INSTALL_LINE, find_libraries, library
 from localdepth.errors import LocalDepthError, ModelFileError, install_line
-from localdepth.model import load
+from localdepth.loading import load
 from localdepth.threads import idle_cores
 
 __all__ = ["Finding", "Health", "examine"]

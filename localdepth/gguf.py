@@ -3,6 +3,7 @@
 A file is GGUF with ``general.architecture = "localdepth"``:
 
     localdepth.format_version    1
+    localdepth.checksum          SHA-256 of the tensors' bytes, see ``GgufFile.is_intact``; optional
     localdepth.<field>           every field of ``ModelConfig``
     localdepth.provenance.<name> where the weights come from, see ``PROVENANCE_KINDS``
     localdepth.check.<field>     comparison with the reference, see ``Check``
@@ -13,6 +14,7 @@ and one tensor for each name of ``ModelConfig.tensors()``, the core once. An unk
 ``localdepth.`` is an error; keys of other namespaces are ignored. The writer imports every key from here.
 """
 
+import hashlib
 import math
 import mmap as mapping
 import os
@@ -74,6 +76,7 @@ class Key(StrEnum):
 
     ARCHITECTURE = Keys.General.ARCHITECTURE
     FORMAT_VERSION = f"{NAMESPACE}format_version"
+    CHECKSUM = f"{NAMESPACE}checksum"
     TOKENIZER_JSON = Keys.Tokenizer.HF_JSON
     BOS_ID = Keys.Tokenizer.BOS_ID
     EOS_ID = Keys.Tokenizer.EOS_ID
@@ -158,6 +161,7 @@ class GgufFile:
     provenance: Provenance
     check: Check | None
     router: Mapping[str, Value]
+    checksum: str | None
     _buffer: mmap | None = field(repr=False)
 
     def mapped(self) -> NDArray[np.uint8]:
@@ -189,6 +193,16 @@ class GgufFile:
         values = dequantize(rows, info.quant.ggml_type)
         return np.require(values, np.float32, ["C", "W"]).reshape(info.shape)
 
+    def is_intact(self) -> bool | None:
+        """Whether the weights are those that were written; None where the file does not say. Reads all of them."""
+        if self.checksum is None:
+            return None
+        digest = hashlib.sha256()
+        for name in self.config.tensors():
+            digest.update(self.data(name).data)
+            self.let_go(name)
+        return digest.hexdigest() == self.checksum
+
     def summary(self) -> dict[str, Any]:
         """What the file holds, as plain values for people and JSON."""
         by_quant: dict[str, int] = {}
@@ -202,6 +216,7 @@ class GgufFile:
             "tokenizer": self.tokenizer is not None,
             "chat_template": bool(self.tokenizer and self.tokenizer.chat_template),
             "provenance": dict(self.provenance),
+            "checksum": self.checksum,
             "check": None if self.check is None else asdict(self.check),
         }
 
@@ -248,6 +263,7 @@ def _interpret(path: Path, buffer: mmap) -> GgufFile:
         provenance=_provenance(values),
         check=_check(values),
         router={key.removeprefix(ROUTER): value for key, value in values.items() if key.startswith(ROUTER)},
+        checksum=_get(values, Key.CHECKSUM, str),
         _buffer=buffer,
     )
 

@@ -1,30 +1,19 @@
-"""The public face: load a model file, ask it, measure it."""
+"""The public face of a loaded model: ask it, measure it. ``loading.load`` makes one."""
 
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from functools import partial
-from importlib.resources import files
-from numbers import Integral
-from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import numpy as np
 
 from localdepth.batch import one_by_one
 from localdepth.config import ModelConfig
-from localdepth.engine.base import F32, Engine, Ids, KvType, Limits, Span
-from localdepth.engine.ggml.device import DeviceName
-from localdepth.engine.ggml.engine import GgmlEngine
-from localdepth.engine.ggml.lib import library
-from localdepth.engine.ggml.plan import Planner
-from localdepth.engine.toy import ToyEngine
-from localdepth.errors import ConfigError, DepthError, EngineError, ModelFileError, PromptError, RequestError
+from localdepth.engine.base import F32, Engine, Ids, Limits, Span
+from localdepth.errors import DepthError, EngineError, PromptError, RequestError
 from localdepth.generate import Generation, Request, Stream
-from localdepth.gguf import GgufFile, read
 from localdepth.loop import forward
 from localdepth.memory import MemoryPlan
 from localdepth.policy.base import Decision, DepthPolicy, Query
@@ -32,21 +21,8 @@ from localdepth.policy.fixed import as_policy
 from localdepth.prefix import PrefixCache
 from localdepth.prompt import Prompt, PromptReader, Reading
 from localdepth.sampling import GREEDY, Sampling
-from localdepth.threads import choose_threads
 
-__all__ = ["DEFAULT_MODEL", "EngineName", "Model", "inspect", "load", "plan"]
-
-DEFAULT_MODEL = "default.gguf"  # inside localdepth/models
-_E = TypeVar("_E", bound=StrEnum)
-_DEFAULT_N_CTX = 4096  # longest context that is taken without being asked for
-
-
-class EngineName(StrEnum):
-    """Which engine runs a file; "auto" takes the fastest that can."""
-
-    AUTO = "auto"
-    GGML = "ggml"
-    TOY = "toy"  # numpy, slow; needs no compiler
+__all__ = ["Model"]
 
 
 class Model:
@@ -76,7 +52,7 @@ class Model:
         return self._engine.limits
 
     def memory(self, depth: int | None = None) -> MemoryPlan:
-        """Bytes the loaded model takes with one sequence that fills its context at ``depth``, None its default depth."""
+        """Bytes the model takes with one sequence that fills its context at ``depth``; None is its default depth."""
         self._check_open()
         wanted = self.config.default_depth if depth is None else self.config.check_depth(depth, measure=True)
         return self._engine.plan(wanted)
@@ -327,136 +303,3 @@ def _state(state: F32 | None) -> F32 | None:
     if array.dtype.kind not in "fiu" or not (np.abs(array) <= np.finfo(np.float32).max).all():
         raise PromptError("state must hold finite float32 numbers, [T, n_embd]")
     return array.astype(np.float32)
-
-
-def inspect(path: str | os.PathLike[str]) -> ModelConfig:
-    """What a model file holds, without loading its weights.
-
-    Raises:
-        ModelFileError: missing, damaged, or no looped model.
-    """
-    with read(_find(path)) as file:
-        return file.config
-
-
-def load(
-    model: str | os.PathLike[str] | None = None,
-    *,
-    engine: str = "auto",
-    device: str = "auto",
-    n_ctx: int | None = None,
-    n_threads: int | None = None,
-    ring: int | None = None,
-    kv_depth: int | None = None,
-    kv_type: str = "f16",
-    low_memory: bool = False,
-    memory_limit: int | None = None,
-    policy: DepthPolicy | None = None,
-) -> Model:
-    """Load a model file.
-
-    Args:
-        model: path of a GGUF file, or the name of a stored model; None is the default model that comes with the package.
-        engine: "auto", "ggml" or "toy".
-        device: "auto" (a GPU where ggml was built for one), "cpu" or "gpu".
-        n_ctx: positions a sequence may hold; None takes the model's own, at most 4096.
-        n_threads: compute threads; None takes what the size of the model and the cores suggest.
-        ring: share K/V between passes in a ring of this many planes; None keeps a plane per pass.
-        kv_depth: deepest pass the cache makes room for; None is the measuring range, max(64, max_depth).
-        kv_type: "f16" or "f32".
-        low_memory: no copies of weights in faster layouts.
-        memory_limit: bytes to stay within; None takes what the machine has free.
-        policy: what ``depth="auto"`` means; None takes what the file brings.
-    Raises:
-        ModelFileError: the file is missing, damaged, or no looped model.
-        ConfigError: a setting outside its range.
-        MissingExtra: the engine's package is not installed.
-        OutOfMemory: it does not fit; the message says what would.
-        EngineError: the engine does not start, or there is no such device.
-    """
-    if policy is not None and not callable(getattr(policy, "decide", None)):
-        raise ConfigError(f"policy={policy!r} has no decide method; pass a DepthPolicy, or depth= with each request")
-    name = _choice(EngineName, "engine", engine)
-    place = _choice(DeviceName, "device", device)
-    with read(_find(model)) as file:
-        limits = _limits(file, n_ctx, n_threads, ring, kv_depth, kv_type, low_memory, memory_limit)
-        reader = PromptReader(file.tokenizer, file.config.n_vocab)
-        return Model(_start(name, file, limits, place), reader, policy)
-
-
-def plan(
-    model: str | os.PathLike[str] | None = None,
-    *,
-    depth: int | None = None,
-    n_ctx: int | None = None,
-    ring: int | None = None,
-    kv_type: str = "f16",
-    low_memory: bool = False,
-) -> MemoryPlan:
-    """What ``load`` with these settings would take of the memory, without loading.
-
-    Args:
-        depth: passes of the sequence the plan is for; None is the model's default depth.
-    Raises:
-        ModelFileError, ConfigError, MissingExtra: as ``load``.
-        DepthError: outside the measuring range.
-    """
-    with read(_find(model)) as file:
-        wanted = file.config.default_depth if depth is None else file.config.check_depth(depth, measure=True)
-        limits = _limits(file, n_ctx, None, ring, None, kv_type, low_memory, None)
-        return Planner(library(), file, limits).plan(wanted)
-
-
-def _limits(
-    file: GgufFile,
-    n_ctx: int | None,
-    n_threads: int | None,
-    ring: int | None,
-    kv_depth: int | None,
-    kv_type: str,
-    low_memory: bool,
-    memory_limit: int | None,
-) -> Limits:
-    config = file.config
-    if n_ctx is not None and not (isinstance(n_ctx, Integral) and n_ctx is not True and 1 <= n_ctx <= config.n_ctx):
-        raise ConfigError(f"n_ctx={n_ctx!r} is outside 1..{config.n_ctx}, what this model was made for")
-    core = sum(info.n_bytes for name, info in file.tensors.items() if name.startswith("core."))
-    return Limits(
-        n_ctx=int(n_ctx or min(config.n_ctx, _DEFAULT_N_CTX)),
-        kv_depth=config.measure_depth if kv_depth is None else kv_depth,
-        ring=ring,
-        kv_type=_choice(KvType, "kv_type", kv_type),
-        n_threads=choose_threads(core) if n_threads is None else n_threads,
-        low_memory=low_memory,
-        memory_limit=memory_limit,
-    )
-
-
-def _start(name: EngineName, file: GgufFile, limits: Limits, device: DeviceName) -> Engine:
-    if name is EngineName.TOY:
-        if device is DeviceName.GPU:
-            raise ConfigError('the toy engine runs on the CPU alone; use engine="ggml" (--engine ggml) with a GPU')
-        return ToyEngine(file.config, {tensor: file.array(tensor) for tensor in file.tensors}, limits)
-    return GgmlEngine(file, limits, device)
-
-
-def _find(model: str | os.PathLike[str] | None) -> Path:
-    if model is None:
-        return Path(str(files("localdepth") / "models" / DEFAULT_MODEL))
-    try:
-        path = Path(model)
-    except TypeError:
-        raise ModelFileError(f"{model!r} is no path of a model file") from None
-    if str(model) == "" or os.path.isdir(path):
-        raise ModelFileError(
-            f"{path} is a directory, not a model file; make one of a checkpoint with: "
-            f"localdepth export gguf {path} -o model.gguf"
-        )
-    return path
-
-
-def _choice(kind: type[_E], name: str, value: str) -> _E:
-    try:
-        return kind(value.lower())
-    except (ValueError, AttributeError):
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(kind)}") from None

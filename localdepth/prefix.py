@@ -114,9 +114,9 @@ class PrefixCache:
             # deeper planes of an earlier request would only cost copies
             if n or kept.kv.max_depth <= decision.ceiling:
                 kept.kv.allow(decision.ceiling)
+                self._kept = None
                 kept.truncate(n)
                 kept.state_seed = state_seed
-                self._kept = None
                 return kept
             self.clear()
         return self.fresh(state_seed, decision)
@@ -128,9 +128,9 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Let go of what is held."""
-        if self._kept is not None:
-            self._kept.kv.close()
-            self._kept = None
+        kept, self._kept = self._kept, None  # forgotten first: an interrupt in between must not leave a closed one
+        if kept is not None:
+            kept.kv.close()
 
     def _usable(self, kept: Prefix, ids: tuple[int, ...], state_seed: int | None, decision: Decision) -> int:
         """How many leading positions of ``ids`` need not be computed again."""

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from localdepth.engine.toy import random_weights
 from localdepth.gguf import TokenizerRecord
-from localdepth.model import Model, load
+from localdepth.loading import load
+from localdepth.model import Model
 from tests import engines
 from tests.published import EXPECTED
 

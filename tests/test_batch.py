@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from localdepth.errors import BatchError, ContextOverflow, EngineError, PromptError, RequestError
-from localdepth.model import Model, load
+from localdepth.loading import load
+from localdepth.model import Model
 from localdepth.policy.base import Decision, Query
 from localdepth.prompt import Prompt
 from localdepth.sampling import Sampling

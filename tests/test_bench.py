@@ -11,7 +11,8 @@ import pytest
 from localdepth.engine.toy import random_weights
 from localdepth.errors import DepthError, RequestError
 from localdepth.generate import Generation
-from localdepth.model import Model, load
+from localdepth.loading import load
+from localdepth.model import Model
 from localdepth_apps.bench import measure
 from tests import engines
 from tests.published import EXPECTED

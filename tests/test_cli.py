@@ -14,7 +14,7 @@ import pytest
 
 from localdepth.engine.toy import random_weights
 from localdepth.gguf import TokenizerRecord, read
-from localdepth.model import load
+from localdepth.loading import load
 from localdepth.sampling import Sampling
 from localdepth_train.families import FAMILIES
 from tests import engines

@@ -11,7 +11,8 @@ from localdepth.conversation import Conversation, Exchange
 from localdepth.engine.toy import random_weights
 from localdepth.errors import ContextOverflow, DepthError, PromptError, RequestError
 from localdepth.gguf import TokenizerRecord
-from localdepth.model import Model, inspect, load
+from localdepth.loading import inspect, load
+from localdepth.model import Model
 from localdepth.sampling import Sampling
 from tests import engines
 from tests.conftest import tokenizer_json

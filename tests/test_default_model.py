@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from localdepth.gguf import CheckStatus, read
-from localdepth.model import DEFAULT_MODEL, load
+from localdepth.loading import DEFAULT_MODEL, load
 from localdepth_apps.curve import Curve, measure
 from localdepth_train.families import FAMILIES
 from localdepth_train.off_topic import REFUSAL

@@ -8,7 +8,7 @@ import pytest
 
 from localdepth.engine.ggml.lib import GPU_TYPES, library
 from localdepth.errors import ConfigError, EngineError
-from localdepth.model import load
+from localdepth.loading import load
 
 ROOT = Path(__file__).parent.parent
 HAS_GPU = any(library().ggml_backend_dev_type(device) in GPU_TYPES for device in library().devices())
@@ -25,7 +25,8 @@ from localdepth.engine.ggml.device import DeviceName
 from localdepth.engine.ggml.engine import GgmlEngine
 from localdepth.engine.toy import random_weights
 from localdepth.gguf import read
-from localdepth.model import Model, load
+from localdepth.loading import load
+from localdepth.model import Model
 from localdepth.prefix import PrefixCache
 from localdepth.quant import Quant
 from tests import engines

@@ -17,7 +17,7 @@ import tokenizers
 from localdepth.engine.toy import random_weights
 from localdepth.errors import CheckpointError, ConfigError, StorageError
 from localdepth.gguf import Check, CheckStatus, read
-from localdepth.model import load
+from localdepth.loading import load
 from localdepth.quant import Quant
 from localdepth_export.convert import to_gguf
 from localdepth_export.recipe import Recipe

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from localdepth.config import ModelConfig
 from localdepth.engine.toy import random_weights
 from localdepth.gguf import TokenizerRecord
-from localdepth.model import DEFAULT_MODEL
+from localdepth.loading import DEFAULT_MODEL
 from localdepth.quant import Quant
 from tests import engines
 from tests.conftest import ROOT, TEMPLATE, tokenizer_json

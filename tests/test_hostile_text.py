@@ -93,7 +93,9 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "long map": (steps("normalizer", charsmap(100_000)), "times longer"),
     "thousands of steps": (steps("normalizer", *[LOWER] * 20_000), "over 64"),
     "deep steps": (
-        lambda made: made.update(normalizer=reduce(lambda a, _: {"type": "Sequence", "normalizers": [a]}, range(90), LOWER)),
+        lambda made: made.update(
+            normalizer=reduce(lambda a, _: {"type": "Sequence", "normalizers": [a]}, range(90), LOWER)
+        ),
         "over 64",
     ),
     "long added tokens": (added([str(i) + "x" * 100_000 for i in range(50)]), "over 4194304"),

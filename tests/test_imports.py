@@ -32,7 +32,7 @@ RANKS = [
     {"generate"},
     {"batch"},
     {"model"},
-    {"conversation"},
+    {"loading", "conversation"},
     {"__init__", "doctor"},
     {"cli"},
     {"__main__"},

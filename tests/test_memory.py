@@ -10,8 +10,8 @@ from localdepth.config import ModelConfig
 from localdepth.engine.ggml.lib import library
 from localdepth.engine.toy import random_weights
 from localdepth.errors import ConfigError, DepthError, OutOfMemory
+from localdepth.loading import load, plan
 from localdepth.memory import as_size, available_bytes
-from localdepth.model import load, plan
 from localdepth.quant import Quant
 from tests import engines
 
@@ -43,7 +43,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PROGRAM = """
 import sys
 import numpy as np
-from localdepth.model import load
+from localdepth.loading import load
 from localdepth.sampling import GREEDY
 
 def status(name):

@@ -22,7 +22,8 @@ from localdepth.errors import (
     SamplingError,
 )
 from localdepth.generate import FinishReason
-from localdepth.model import Model, inspect, load
+from localdepth.loading import inspect, load
+from localdepth.model import Model
 from localdepth.policy.base import Decision, Query, Seen
 from localdepth.sampling import Sampling
 from localdepth.tokenizer import Tokenizer

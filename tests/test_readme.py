@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from localdepth.model import load
+from localdepth.loading import load
 from localdepth_train.families import FAMILIES
 from localdepth_train.off_topic import REFUSAL
 from localdepth_train.recipe import load_recipe

@@ -23,7 +23,8 @@ from localdepth.conversation import Conversation
 from localdepth.engine.toy import random_weights
 from localdepth.errors import PromptError, StorageError
 from localdepth.gguf import TokenizerRecord
-from localdepth.model import Model, inspect, load
+from localdepth.loading import inspect, load
+from localdepth.model import Model
 from localdepth.sampling import Sampling
 from tests import engines
 from tests.conftest import TEMPLATE, tokenizer_json

@@ -22,7 +22,8 @@ from typing import IO, Any, Self
 from localdepth.chat import ChatTemplate
 from localdepth.errors import LocalDepthError
 from localdepth.gguf import read
-from localdepth.model import Model, inspect, load
+from localdepth.loading import inspect, load
+from localdepth.model import Model
 from localdepth.sampling import GREEDY, Sampling
 from localdepth.tokenizer import Tokenizer
 

@@ -49,6 +49,7 @@ def to_gguf(
     *,
     quant: str | Recipe = Quant.Q8_0,
     importance: Importance | None = None,
+    source: str | None = None,
     license_name: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Export:
@@ -62,6 +63,7 @@ def to_gguf(
         quant: a recipe, or its text: one of F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q5_0, Q5_K, Q6_K, in any case, and
             stages that differ, as in "Q4_K,core=Q6_K".
         importance: how much each column of each matrix counts in rounding; see ``collect``.
+        source: where the checkpoint comes from, for the file's provenance; None takes the name of its directory.
         license_name: of the weights; None takes the one in the checkpoint's model card, if any.
         on_progress: told after each tensor how many of the model's numbers are done, and how many there are.
     Raises:
@@ -70,37 +72,37 @@ def to_gguf(
         StorageError: the file cannot be written.
     """
     recipe = quant if isinstance(quant, Recipe) else Recipe.parse(quant)
-    source = Checkpoint(checkpoint)
+    opened = Checkpoint(checkpoint)
     if importance:
-        importance.check(source.config)
-    quants, fallbacks = recipe.choose(source.config)
-    tokenizer = read_tokenizer(source)
+        importance.check(opened.config)
+    quants, fallbacks = recipe.choose(opened.config)
+    tokenizer = read_tokenizer(opened)
     provenance: dict[str, str | tuple[str, ...]] = {
-        "source": source.path.resolve().name,
+        "source": source or opened.path.resolve().name,
         "exporter": f"localdepth {version('localdepth')}",
         "quant": str(recipe),
         "fallbacks": fallbacks,
     }
-    if known := license_name or read_license(source):
+    if known := license_name or read_license(opened):
         provenance["license"] = known
     if importance:
         provenance["importance"] = importance.origin
     write(
         out,
-        source.config,
+        opened.config,
         quants,
-        _encoded(source, quants, importance.columns if importance else {}, on_progress),
+        _encoded(opened, quants, importance.columns if importance else {}, on_progress),
         tokenizer=tokenizer,
         provenance=provenance,
         check=Check(CheckStatus.UNVERIFIED),
     )
     return Export(
         path=Path(out),
-        kind=source.kind,
+        kind=opened.kind,
         quant=str(recipe),
         fallbacks=fallbacks,
         n_bytes=Path(out).stat().st_size,
-        n_params=source.config.n_params,
+        n_params=opened.config.n_params,
         has_tokenizer=tokenizer is not None,
     )
 

@@ -1,19 +1,15 @@
 """Write localdepth model files: tensor by tensor, and never half.
 
-A file grows beside its place and takes it when complete; whatever goes wrong before, an existing file
-is untouched and nothing is left behind. The gguf package encodes the header. Tensor data are written
-here, because ``GGUFWriter`` hands them to ``ndarray.tofile``, which forgets that its last buffered bytes
-did not fit on the disk and so leaves a model with a hole in it.
+The gguf package encodes the header. Tensor data are written here, because ``GGUFWriter`` hands them to
+``ndarray.tofile``, which forgets that its last buffered bytes did not fit on the disk and so leaves a model with a
+hole in it.
 """
 
-import errno
+import hashlib
 import io
 import os
-import secrets
-import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from mmap import mmap
 from pathlib import Path
 
@@ -23,7 +19,7 @@ from gguf.gguf_writer import GGUFWriter, WriterState
 from numpy.typing import NDArray
 
 from localdepth.config import ModelConfig
-from localdepth.errors import ConfigError, StorageError
+from localdepth.errors import ConfigError
 from localdepth.gguf import (
     ARCHITECTURE,
     CHECK,
@@ -39,12 +35,14 @@ from localdepth.gguf import (
 )
 from localdepth.gguf_container import Header, map_file, read_header, read_tensors
 from localdepth.quant import Quant
+from localdepth_export.output import replacing
 
 __all__ = ["write", "write_check"]
 
 _Plain = bool | int | float | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
 
 _CHUNK_BYTES = 1 << 24
+_NO_CHECKSUM = "0" * 64  # keeps the place in the header until the data are known
 _KINDS = {  # float64, so that every setting comes back as it was
     bool: GGUFValueType.BOOL,
     int: GGUFValueType.UINT32,
@@ -75,21 +73,25 @@ def write(
     """
     shapes = config.tensors()
     _check_quants(shapes, quants)
-    values: dict[str, _Plain] = {Key.FORMAT_VERSION: FORMAT_VERSION}
+    values: dict[str, _Plain] = {Key.FORMAT_VERSION: FORMAT_VERSION, Key.CHECKSUM: _NO_CHECKSUM}
     values |= {f"{NAMESPACE}{name}": value for name, value in config.to_dict().items()}
     values |= _provenance_values(provenance or {})
     values |= _check_values(check) if check else {}
     values |= _tokenizer_values(tokenizer, config.n_vocab) if tokenizer else {}
     header = _encode(values, {name: (shape, quants[name]) for name, shape in shapes.items()})
-    with _replacing(Path(path)) as output:
+    with replacing(Path(path)) as output:
         output.append(header)
         output.pad(GGUF_DEFAULT_ALIGNMENT)
-        stream = iter(tensors)
+        stream, checksum = iter(tensors), hashlib.sha256()
         for name, shape in shapes.items():
-            output.append(_next(stream, name, quants[name].n_bytes(shape)))  # named nowhere: freed before the next
+            data = _next(stream, name, quants[name].n_bytes(shape))
+            checksum.update(data)
+            output.append(data)
+            del data  # before the next is made
             output.pad(GGUF_DEFAULT_ALIGNMENT)
         for name, _ in stream:
             raise ConfigError(f"tensor {name} comes after the last one of the model")
+        output.overwrite(header.index(_NO_CHECKSUM.encode()), checksum.hexdigest().encode())
 
 
 def write_check(path: str | os.PathLike[str], check: Check) -> None:
@@ -106,7 +108,7 @@ def _replace_keys(path: Path, prefix: str, values: Mapping[str, _Plain]) -> None
     read(path).close()  # refuses what must not be trusted
     encoded = _encode(values, {})
     added = _entries(encoded, read_header(encoded, keep=_nothing))
-    with _replacing(path) as output, map_file(path) as buffer:
+    with replacing(path) as output, map_file(path) as buffer:
         header = read_header(buffer, keep=_nothing)
         table = read_tensors(buffer, header)
         entries = {key: raw for key, raw in _entries(buffer, header).items() if not key.startswith(prefix)}
@@ -198,58 +200,3 @@ def _next(stream: Iterator[tuple[str, NDArray[np.uint8]]], name: str, n_bytes: i
     if data.dtype != np.uint8 or data.nbytes != n_bytes:
         raise ConfigError(f"tensor {name} needs {n_bytes} bytes of uint8, got {data.nbytes} of {data.dtype}")
     return np.ascontiguousarray(data).data
-
-
-class _Output:
-    """A file in the making. Unbuffered, so that an error is raised by the write that caused it."""
-
-    def __init__(self, file: io.FileIO, path: Path) -> None:
-        self._file = file
-        self._path = path
-
-    def append(self, data: bytes | memoryview) -> None:
-        left = memoryview(data).cast("B")
-        with _storage(self._path):
-            while left:
-                left = left[self._file.write(left) :]
-
-    def pad(self, alignment: int) -> None:
-        self.append(bytes(-self._file.tell() % alignment))
-
-    def sync(self) -> None:
-        with _storage(self._path):
-            os.fsync(self._file.fileno())
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[_Output]:
-    """A temporary sibling of ``path`` that takes its place, and mode, when the block ends well."""
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".localdepth-{secrets.token_hex(6)}.tmp")
-    with _storage(path):
-        if target.exists() and not target.is_file():
-            raise StorageError(f"{path} is a directory or a device; name the file to write")
-        file = io.FileIO(temporary, "xb")
-    try:
-        with file:
-            with _storage(path):
-                if target.exists():
-                    shutil.copymode(target, temporary)
-            output = _Output(file, path)
-            yield output
-            output.sync()
-        with _storage(path):
-            temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _storage(path: Path) -> Iterator[None]:
-    """Failures of the file system as ours."""
-    try:
-        yield
-    except OSError as error:
-        remedies = {errno.ENOSPC: "free space there", errno.ENOENT: "make its folder first"}
-        remedy = remedies.get(error.errno or 0, "name another place")
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}; {remedy}") from error

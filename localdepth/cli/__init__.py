@@ -1,13 +1,19 @@
 """The command line: each command parses, calls one function of the library, prints.
 
-Exit codes: 0 done, 1 the check failed, 2 request or file refused, 3 the machine failed, 130 interrupted.
+Exit codes: 0 done, 1 the check failed, 2 request or file refused, 3 the machine failed, 130 interrupted,
+143 terminated.
 """
+
+import signal
+import sys
+from types import FrameType
 
 __all__ = ["main"]
 
 
 def main() -> None:
     """Entry point of the ``localdepth`` command."""
+    signal.signal(signal.SIGTERM, _end)
     try:
         from localdepth import console
         from localdepth.cli import (  # noqa: F401  # each registers its commands
@@ -26,3 +32,8 @@ def main() -> None:
         app()
     except KeyboardInterrupt:  # outside any command: while importing, or on the way out
         raise SystemExit(130) from None
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    """Leave as after an error, so that nothing half done stays behind."""
+    sys.exit(128 + number)

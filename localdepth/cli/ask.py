@@ -32,7 +32,8 @@ from localdepth.cli.options import (
 )
 from localdepth.errors import PromptError
 from localdepth.generate import Generation
-from localdepth.model import Model, load
+from localdepth.loading import load
+from localdepth.model import Model
 from localdepth.prompt import Prompt
 from localdepth.sampling import Sampling
 

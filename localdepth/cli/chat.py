@@ -30,7 +30,8 @@ from localdepth.cli.options import (
     read_text,
 )
 from localdepth.conversation import Conversation
-from localdepth.model import Model, load
+from localdepth.loading import load
+from localdepth.model import Model
 from localdepth.sampling import Sampling
 
 __all__ = ["chat"]

@@ -4,7 +4,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from importlib.metadata import version
 from threading import Event
 from typing import Annotated, Any, ParamSpec
 
@@ -61,6 +60,8 @@ def command(function: Callable[P, int | None]) -> Callable[P, None]:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version  # takes 15 ms
+
         console.say.print(f"localdepth {version('localdepth')}")
         raise typer.Exit
 

@@ -5,7 +5,6 @@ from rich.text import Text
 from localdepth import console
 from localdepth.cli.common import CHECK_FAILED, app, command
 from localdepth.cli.options import JsonOption
-from localdepth.doctor import examine
 
 __all__ = ["doctor"]
 
@@ -14,6 +13,8 @@ __all__ = ["doctor"]
 @command
 def doctor(as_json: JsonOption = False) -> int:
     """Say what is installed, what can run here, and what to type for the rest."""
+    from localdepth.doctor import examine  # takes 15 ms
+
     health = examine()
     if as_json:
         console.emit(health.to_dict())

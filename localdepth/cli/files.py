@@ -1,5 +1,6 @@
 """Model files: ``inspect``, ``verify``, ``export``."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -8,10 +9,23 @@ import typer
 
 from localdepth import console
 from localdepth.cli.common import CHECK_FAILED, app, brief, command, needs
-from localdepth.cli.options import ImportanceOption, JsonOption, parse_ints, read_text
+from localdepth.cli.options import (
+    ImportanceOption,
+    JsonOption,
+    KvTypeOption,
+    LowMemoryOption,
+    NCtxOption,
+    RingOption,
+    parse_ints,
+    read_text,
+)
 from localdepth.gguf import read
+from localdepth.loading import locate, plan
+from localdepth.memory import MemoryPlan, as_size
 
 __all__ = ["export_app", "export_gguf", "inspect", "verify"]
+
+_SHOWN_DEPTHS = (1, 4, 8, 16, 32)
 
 export_app = typer.Typer(help="Write a checkpoint as a model file.", no_args_is_help=True)
 app.add_typer(export_app, name="export")
@@ -20,19 +34,36 @@ app.add_typer(export_app, name="export")
 @app.command()
 @command
 def inspect(
-    file: Annotated[Path, typer.Argument(help="Model file.")],
+    file: Annotated[Path, typer.Argument(help="Model file, or a name from `models list`.")],
+    n_ctx: NCtxOption = None,
+    ring: RingOption = None,
+    kv_type: KvTypeOption = "f16",
+    low_memory: LowMemoryOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a model file holds, without loading its weights."""
-    with read(file) as opened:
-        record = opened.summary()
+    """Show what a model file holds and what it would take of the memory, without loading its weights."""
+    with read(locate(file)) as opened:
+        record, config = opened.summary(), opened.config
+    depths = sorted({1, config.default_depth, *(d for d in _SHOWN_DEPTHS if d <= config.max_depth), config.max_depth})
+    plans = [plan(file, depth=d, n_ctx=n_ctx, ring=ring, kv_type=kv_type, low_memory=low_memory) for d in depths]
     if as_json:
-        console.emit(record)
+        console.emit({**record, "memory": [planned.to_dict() for planned in plans]})
         return
-    config = record.pop("config")
-    console.show_facts({key: str(value) for key, value in config.items()})
+    del record["config"]
+    console.show_facts({key: str(value) for key, value in config.to_dict().items()})
     console.say.print()
     console.show_facts({key: brief(value) for key, value in record.items()})
+    console.say.print()
+    _show_memory(plans)
+
+
+def _show_memory(plans: Sequence[MemoryPlan]) -> None:
+    rows = [(str(p.depth), *map(as_size, (p.weights, p.kv, p.states + p.rows, p.scratch, p.total))) for p in plans]
+    sharing = "" if plans[0].ring is None else f", ring {plans[0].ring}"
+    copies = "".join(f", {as_size(size)} copied as {name}" for name, size in plans[0].packed.items())
+    title = f"memory for a full context of {plans[0].n_ctx} positions, {plans[0].kv_type}{sharing}"
+    console.show_table(("depth", "weights", "K/V", "rows", "scratch", "all"), rows, title)
+    console.say.print(f"weights: {as_size(plans[0].mapped)} mapped{copies}")
 
 
 @app.command()

@@ -21,8 +21,9 @@ from localdepth.cli.options import (
     ThreadsOption,
     parse_ints,
 )
+from localdepth.loading import load
 from localdepth.memory import as_size
-from localdepth.model import Model, load
+from localdepth.model import Model
 
 __all__ = ["bench", "curve"]
 

@@ -1,8 +1,7 @@
 """Models on this machine: ``models list``, ``pull``, ``show``, ``rm``, ``verify``."""
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from importlib.resources import files
@@ -10,8 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 
 from localdepth import console
 from localdepth.cli.common import CHECK_FAILED, app, brief, command
@@ -20,8 +17,9 @@ from localdepth.config import ModelConfig
 from localdepth.engine.ggml.lib import library
 from localdepth.errors import LocalDepthError, RequestError
 from localdepth.gguf import read
-from localdepth.model import DEFAULT_MODEL
-from localdepth.store.folder import Progress, Store, Stored, Verdict, as_size
+from localdepth.loading import DEFAULT_MODEL
+from localdepth.memory import as_size
+from localdepth.store.folder import Progress, Store, Stored, Verdict
 from localdepth.store.hub import Hub
 from localdepth.store.plan import Converter, Plan, plan
 from localdepth.store.pull import importable, pull, quant_of
@@ -90,7 +88,7 @@ def pull_model(
     with console.waiting(console.plain(f"asking for {reference}")):
         planned = plan(reference, store, hub, file=file, quant=quant, name=name, converter=_converter())
     console.notes.print(console.plain(_in_words(planned)))
-    with _bars(hidden=as_json) as progress:
+    with console.tracking_all() as progress:
         stored = pull(planned, store, hub, keep_download=keep_download, progress=progress)
     if as_json:
         console.emit(_describe(stored))
@@ -144,7 +142,7 @@ def verify_models(
     """Compare models with the checksums in their manifests; exit code 1 unless all are sound."""
     store = Store()
     wanted = [store.get(name)] if name is not None else store.models()
-    with _bars(hidden=as_json) as progress:
+    with console.tracking_all() as progress:
         verdicts = {stored.name: stored.verify(progress) for stored in wanted}
     if as_json:
         console.emit({"models": verdicts})
@@ -228,12 +226,13 @@ class Exporter:
 
         return self._n_bytes(Checkpoint(folder).config, quant)
 
-    def convert(self, folder: Path, out: Path, quant: str, license_name: str | None, progress: Progress) -> None:
+    def convert(
+        self, folder: Path, out: Path, quant: str, source: str, license_name: str | None, progress: Progress
+    ) -> None:
         from localdepth_export.convert import to_gguf
 
-        to_gguf(
-            folder, out, quant=quant, license_name=license_name, on_progress=partial(progress, f"converting to {quant}")
-        )
+        shown = partial(progress, f"converting to {quant}")
+        to_gguf(folder, out, quant=quant, source=source, license_name=license_name, on_progress=shown)
 
     def _n_bytes(self, config: ModelConfig, quant: str) -> int:
         from localdepth_export.recipe import Recipe
@@ -250,18 +249,3 @@ def _converter() -> Converter | None:
     except ModuleNotFoundError:
         return None
     return Exporter()
-
-
-@contextmanager
-def _bars(hidden: bool) -> Iterator[Progress]:
-    """Progress bars on standard error, one for each thing that is worked on, shown only where a person looks."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=console.notes, transient=True, disable=hidden or not console.notes.is_terminal) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(console.plain(what), total=None)
-            bars.update(tasks[what], completed=done, total=total or None, visible=done < total or not total)
-
-        yield show

@@ -41,7 +41,10 @@ ImportanceOption = Annotated[
 ]
 
 # the machine
-ModelOption = Annotated[Path | None, typer.Option("--model", "-m", help="Model file; the default model without it.")]
+ModelOption = Annotated[
+    Path | None,
+    typer.Option("--model", "-m", help="Model file, or a name from `models list`; the default model without it."),
+]
 EngineOption = Annotated[str, typer.Option("--engine", help="auto, ggml, or toy (slow, needs no compiler).")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or gpu.")]
 NCtxOption = Annotated[int | None, typer.Option("--n-ctx", help="Context size.")]

@@ -31,7 +31,6 @@ __all__ = [
     "Store",
     "Stored",
     "Verdict",
-    "as_size",
     "default_folder",
     "digest",
     "find",
@@ -285,11 +284,6 @@ def digest(path: Path, progress: Progress = silent, name: str | None = None) -> 
             done += len(chunk)
             progress(f"checking {name or path.name}", done, total)
     return state.hexdigest()
-
-
-def as_size(n_bytes: int) -> str:
-    """Bytes for people."""
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
 
 
 @contextmanager

@@ -23,7 +23,8 @@ from localdepth.errors import (
     install_line,
 )
 from localdepth.gguf import ARCHITECTURE
-from localdepth.store.folder import HOME, Progress, Store, as_size, model_name
+from localdepth.memory import as_size
+from localdepth.store.folder import HOME, Progress, Store, model_name
 from localdepth.store.hub import Hub, Repository, parse_reference
 
 __all__ = ["CONFIG", "DEFAULT_QUANT", "Converter", "Plan", "plan"]
@@ -54,8 +55,10 @@ class Converter(Protocol):
     def weigh_folder(self, folder: Path, quant: str) -> int:
         """The same for a checkpoint that is on this machine."""
 
-    def convert(self, folder: Path, out: Path, quant: str, license_name: str | None, progress: Progress) -> None:
-        """Write the checkpoint in ``folder`` as ``out``."""
+    def convert(
+        self, folder: Path, out: Path, quant: str, source: str, license_name: str | None, progress: Progress
+    ) -> None:
+        """Write the checkpoint in ``folder``, which came from ``source``, as ``out``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,8 @@ def pull(
             paths = [hub.fetch(repository, name, progress) for name in planned.files]
             made = folder / f"{planned.name}.gguf"
             if planned.converter:
-                planned.converter.convert(paths[0].parent, made, planned.quant, repository.license, progress)
+                source = f"{repository.repo}@{repository.commit}"
+                planned.converter.convert(paths[0].parent, made, planned.quant, source, repository.license, progress)
             else:
                 read(paths[0]).close()  # refuses what is not ours
                 _take(paths[0], made, progress)

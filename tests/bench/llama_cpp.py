@@ -52,11 +52,7 @@ def survives_batches(path: Path) -> bool:
 
 
 class Stock:
-    """One model in one context; positions continue from call to call.
-
-    Attributes:
-        weights: MB of weights by buffer type, as llama.cpp's own log says.
-    """
+    """One model in one context; positions continue from call to call."""
 
     def __init__(self, path: Path, layout: str, n_threads: int, n_ctx: int) -> None:
         _messages.clear()
@@ -73,7 +69,6 @@ class Stock:
             raise OSError(f"llama.cpp does not load {path}: {_messages[-3:]}")
         self._context = stock.llama_init_from_model(self._model, context)
         self._n_vocab = stock.llama_vocab_n_tokens(stock.llama_model_get_vocab(self._model))
-        self.weights = [line.split(":", 1)[1].strip() for line in _messages if "model buffer size" in line]
 
     def decode(self, tokens: Sequence[int]) -> F32:
         """Logits of the last token, [n_vocab]."""
@@ -115,12 +110,12 @@ def _extra_buffer_types() -> dict[str, int]:
     return types
 
 
-@stock.llama_log_callback
 def _keep_message(_level: int, text: bytes, _data: int | None) -> None:
     _messages.append(text.decode(errors="replace").rstrip())
 
 
-stock.llama_log_set(_keep_message, ctypes.c_void_p(0))
+_callback = stock.llama_log_callback(_keep_message)  # named: llama.cpp calls it as long as the process lives
+stock.llama_log_set(_callback, ctypes.c_void_p(0))
 stock.llama_backend_init()
 
 if __name__ == "__main__":
