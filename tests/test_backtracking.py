@@ -25,6 +25,8 @@ PUBLISHED = {
     "deepseek": r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "digits from the right": r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))|\d{3}(?=(?:\d{3})*\b)",
+    "words with marks": r"[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}|\s*[\r\n]|\s+(?!\S)|\s+",
+    "spaces by powers of two": r"\s*[\r\n]+|\s{512}(?!\S)|\s{256}(?!\S)|\s{1,2}(?!\S)|\s{1}",
     "bloom": r" ?[^(\s|[.,!?…。，、।۔،])]+",
     "without han": r"[^\r\n\p{L}\p{N}&&[^\p{Han}]]?[\p{L}&&[^\p{Han}]]+|[\p{Han}]+",
     "normalizers": r"^\s+|\s+$| {2,}|(?<=\S) +(?=\S)",

@@ -50,8 +50,8 @@ class Outcome:
 
     @property
     def harmless(self) -> bool:
-        """Whether the file was used or refused, and that not because it filled the memory."""
-        return self.end in ("used", "refused") and "memory" not in self.said
+        """Whether the file was used or refused, and that not because an allocation failed."""
+        return self.end in ("used", "refused") and "not enough memory" not in self.said
 
 
 class Victim:

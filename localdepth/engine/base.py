@@ -186,7 +186,8 @@ def check_span(config: ModelConfig, limits: Limits, start: int, ids: Ids, state:
     """Refuse what would make native code abort: empty or foreign ids, overflow, states of a wrong shape."""
     if ids.ndim != 1 or ids.size == 0:
         raise PromptError(f"token ids have shape {list(ids.shape)}; pass at least one token in a flat list")
-    if (low := int(ids.min())) < 0 or (high := int(ids.max())) >= config.n_vocab:
+    low, high = (int(ids[0]),) * 2 if ids.size == 1 else (int(ids.min()), int(ids.max()))
+    if low < 0 or high >= config.n_vocab:
         bad = low if low < 0 else high
         raise PromptError(f"token id {bad} is outside 0..{config.n_vocab - 1}, the vocabulary of this model")
     if start + ids.size > limits.n_ctx:

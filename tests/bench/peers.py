@@ -9,9 +9,9 @@ number is the best of all turns: CPU time of the thread with one thread, wall ti
 we are faster.
 
 A loop wins where the core fits the cache and the unrolled layers do not: there decoding must reach 1.25 x (1 thread)
-and 1.6 x (more), elsewhere 0.97 x, and prefill 1.0 x. Stock computes only the last row in the last feed-forward; we do
-so in the coda, so a model without one lacks that saving, because any of its passes may turn out not to be the last. What fits is a property of the machine: the first lines show how
-fast one thread reads memory, and ``--cache-mb`` says where it slows down.
+and 1.6 x (more), elsewhere 0.97 x, and prefill 1.0 x. What fits is a property of the machine: the first lines show how
+fast one thread reads memory, and ``--cache-mb`` says where it slows down. Stock's last feed-forward computes one row of
+a prompt; ours does so in the coda, so a model without a coda lacks that saving: any of its passes may be the last.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from functools import partial
 from typing import cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from localdepth.config import STAGES, Injection
 from localdepth.engine.base import F32, Ids, Kv, Limits, Rows, Span, check_open, check_pass, check_span, n_slots
@@ -35,6 +36,7 @@ __all__ = ["GgmlEngine"]
 log = logging.getLogger(__name__)
 
 _KV_BUCKET = 256  # attention reads a multiple of this many positions, so that graphs can be kept
+_VISIBLE = np.zeros(1, np.float16)  # in a mask
 _SMALL = 1 << 27  # bytes that any machine has; asking costs 20 ms
 
 
@@ -45,6 +47,7 @@ class GgmlSpan:
         self._engine = engine
         self.kv, self.start, self.n, self.r = kv, start, n, 0
         self.lane = kv.lane if n == 1 else new_lane(engine.device, engine.config, n)
+        self.chunks = tuple(_chunks(engine.limits, start, n))
         self.coda_rows: Rows | None = None  # which rows the coda gave at r
         self.last_logits: F32 | None = None  # at r
 
@@ -61,14 +64,6 @@ class GgmlSpan:
 
     def embeds(self) -> F32:
         return self._read("embeds")
-
-    def chunks(self) -> Iterator[Chunk]:
-        """Runs of at most n_batch rows; each attends to a bucket that depends on its own last position only."""
-        limits = self._engine.limits
-        for offset in range(0, self.n, limits.n_batch):
-            n = min(limits.n_batch, self.n - offset)
-            end = self.start + offset + n
-            yield Chunk(offset, n, min(-(-end // _KV_BUCKET) * _KV_BUCKET, limits.n_ctx))
 
     def end(self) -> None:
         """Leave the Kv free for the next span."""
@@ -108,6 +103,7 @@ class GgmlEngine:
         self._stack = ExitStack()
         self._finalizer = weakref.finalize(self, self._stack.close)  # an engine nobody closed must not leak
         self._placed: tuple[GgmlSpan, Chunk] | None = None  # whose positions and mask io holds
+        self._seen = -1  # positions that the single row in io's mask lets through; -1 while there are several rows
         self._rows: Counter[str] = Counter()  # computed, by kind of graph
         try:
             self.device = open_device(lib, device, limits.n_threads, self._stack)
@@ -163,7 +159,7 @@ class GgmlEngine:
             index = plane(span.r, self.limits.ring)
             # a kept graph serves every pass that reads and writes the same tensors
             first = span.r == 0 and self.config.injection is Injection.NONE
-            for chunk in span.chunks():
+            for chunk in span.chunks:
                 build = partial(self._factory.core, chunk, span.lane, span.kv.tensors("core", index), span.r)
                 self._run(span, chunk, ("core", index, span.r % 2, first, chunk.n_kv), build)
             span.r += 1
@@ -225,7 +221,7 @@ class GgmlEngine:
         with _opening(span):
             s0 = np.zeros((span.n, self.config.n_embd), np.float32) if state is None else state
             write(self.device.lib, span.lane["state0"], np.ascontiguousarray(s0, np.float32))
-            for chunk in span.chunks():
+            for chunk in span.chunks:
                 tokens = ids[chunk.offset : chunk.offset + chunk.n]
                 write(self.device.lib, self._parts.tokens, np.ascontiguousarray(tokens, np.int32))
                 build = partial(self._factory.prelude, chunk, span.lane, kv.tensors("prelude", 0))
@@ -239,7 +235,7 @@ class GgmlEngine:
             write(self.device.lib, span.lane["embeds"], kv.embeds[: kv.n])
             write(self.device.lib, span.lane[f"state{span.r % 2}"], kv.states[: kv.n])
             if self.config.injection is Injection.CONCAT_LINEAR:
-                for chunk in span.chunks():
+                for chunk in span.chunks:
                     build = partial(self._factory.injected, chunk, span.lane)
                     self._compute(span, chunk.n, ("injected",), build)
         return span
@@ -248,7 +244,7 @@ class GgmlEngine:
         self._coda(span, rows)
         if rows == "all":
             return np.concatenate([self._head(span, offset) for offset in range(0, span.n, HEAD_ROWS)])
-        if span.last_logits is None:
+        if span.last_logits is None:  # all rows were asked for before
             span.last_logits = self._head(span, span.n - 1)
         return span.last_logits
 
@@ -259,14 +255,20 @@ class GgmlEngine:
         return read(self.device.lib, self._parts.io["logits"], (n, self.config.n_vocab))
 
     def _coda(self, span: GgmlSpan, rows: Rows) -> None:
-        """Keys and values of all rows, output of the rows wanted."""
+        """Keys and values of all rows; output of all, or logits of the last."""
         if span.coda_rows in (rows, "all"):
             return
-        for chunk in span.chunks():
-            last = chunk.offset + chunk.n == span.n
-            n_out = chunk.n if rows == "all" else int(last)
-            build = partial(self._factory.coda, chunk, span.lane, span.kv.tensors("coda", 0), span.r, n_out)
+        *before, last = span.chunks
+        planes = span.kv.tensors("coda", 0)
+        for chunk in span.chunks if rows == "all" else before:
+            n_out = chunk.n if rows == "all" else 0
+            build = partial(self._factory.coda, chunk, span.lane, planes, span.r, n_out)
             self._run(span, chunk, ("coda", span.r % 2, chunk.n_kv), build)
+        if rows == "last":
+            build = partial(self._factory.coda_and_head, last, span.lane, planes, span.r)
+            self._run(span, last, ("coda and head", span.r % 2, last.n_kv), build)
+            self._rows.update(coda=last.n, head=1)
+            span.last_logits = read(self.device.lib, self._parts.io["logits"], (1, self.config.n_vocab))
         span.coda_rows = rows
 
     def _run(self, span: GgmlSpan, chunk: Chunk, key: tuple[str | int, ...], build: Callable[[], Graph]) -> None:
@@ -298,13 +300,19 @@ class GgmlEngine:
         return graph
 
     def _place(self, span: GgmlSpan, chunk: Chunk) -> None:
+        """Write the chunk's positions, and what each may look at."""
         lib, io = self.device.lib, self._parts.io
         first = span.start + chunk.offset
         positions = np.arange(first, first + chunk.n)
         write(lib, io["positions"], positions.astype(np.int32))
-        write(lib, io["rows"], positions.astype(np.int64))
-        ahead = np.arange(chunk.n_kv) > positions[:, None]
-        write(lib, io["mask"], np.where(ahead, np.float16(-np.inf), np.float16(0)))
+        write(lib, io["rows"], positions)
+        if chunk.n == 1 and self._seen == first:  # the row before, and one position more
+            write(lib, io["mask"], _VISIBLE, first)
+        elif chunk.n == 1:
+            write(lib, io["mask"], _mask(positions, self.limits.n_ctx))
+        else:
+            write(lib, io["mask"], _mask(positions, chunk.n_kv))
+        self._seen = first + 1 if chunk.n == 1 else -1
         self._placed = span, chunk
 
     def _load(self, file: GgufFile, importance: bool) -> Parts:
@@ -355,6 +363,14 @@ class GgmlEngine:
         return available_bytes() if on_device is None else on_device
 
 
+def _chunks(limits: Limits, start: int, n: int) -> Iterator[Chunk]:
+    """Runs of at most n_batch rows; each attends to a bucket that depends on its own last position only."""
+    for offset in range(0, n, limits.n_batch):
+        rows = min(limits.n_batch, n - offset)
+        end = start + offset + rows
+        yield Chunk(offset, rows, min(-(-end // _KV_BUCKET) * _KV_BUCKET, limits.n_ctx))
+
+
 @contextmanager
 def _opening(span: GgmlSpan) -> Iterator[None]:
     """Mark the span's Kv as busy; where opening fails, free it."""
@@ -364,6 +380,11 @@ def _opening(span: GgmlSpan) -> Iterator[None]:
     except BaseException:
         span.end()
         raise
+
+
+def _mask(positions: NDArray[np.int64], n_kv: int) -> NDArray[np.float16]:
+    """0 where a row may look, -inf ahead of it: [n, n_kv]."""
+    return np.where(np.arange(n_kv) > positions[:, None], np.float16(-np.inf), np.float16(0))
 
 
 def _check_free(kv: GgmlKv) -> None:

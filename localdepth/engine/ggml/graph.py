@@ -60,18 +60,19 @@ class GraphFactory:
     def coda(self, chunk: Chunk, lane: TensorGroup, kv: TensorGroup, r: int, n_out: int) -> Graph:
         """State r -> lane's output of the coda, for the last ``n_out`` rows; the others only leave keys and values."""
         nodes = _Nodes(self, self.config.n_coda, chunk)
-        x = nodes.rows(lane[f"state{r % 2}"])
-        if self.config.norm_after_core:
-            x = nodes.norm(x, "output_norm")
-        nodes.store_last(nodes.stage("coda", x, kv, n_out), lane["output"], n_out)
+        nodes.store_last(nodes.coda(lane, kv, r, n_out), lane["output"], n_out)
+        return nodes.graph
+
+    def coda_and_head(self, chunk: Chunk, lane: TensorGroup, kv: TensorGroup, r: int) -> Graph:
+        """State r -> io's logits of the last row."""
+        nodes = _Nodes(self, self.config.n_coda, chunk)
+        nodes.head(nodes.coda(lane, kv, r, 1), 1)
         return nodes.graph
 
     def head(self, chunk: Chunk, lane: TensorGroup) -> Graph:
         """Lane's output of the coda -> io's logits."""
         nodes = _Nodes(self, 0, chunk)
-        x = nodes.norm(nodes.rows(lane["output"]), "output_norm")
-        x = nodes.linear(x, "token_embd" if self.config.tied_head else "output")
-        nodes.publish(x)
+        nodes.head(nodes.rows(lane["output"]), chunk.n)
         return nodes.graph
 
 
@@ -110,7 +111,7 @@ class _Nodes:
 
     def rows(self, tensor: Tensor) -> Tensor:
         """This chunk's rows of a lane tensor, [E, T]."""
-        return self._rows(tensor, self.config.n_embd, self.chunk.offset)
+        return self._view_rows(tensor, self.config.n_embd, self.chunk.offset, self.chunk.n)
 
     def store(self, x: Tensor, target: Tensor) -> None:
         """Copy x, [E, T], into this chunk's rows of a lane tensor."""
@@ -122,16 +123,21 @@ class _Nodes:
             first = self.chunk.offset + self.chunk.n - n
             self._copy(x, self._view_rows(target, self.config.n_embd, first, n))
 
-    def publish(self, x: Tensor) -> None:
-        """Copy x, [V, T], into the first rows of io's logits."""
-        self._copy(x, self._rows(self.io["logits"], self.config.n_vocab, 0))
+    def coda(self, lane: TensorGroup, kv: TensorGroup, r: int, n_out: int) -> Tensor:
+        """The coda's output, [E, n_out]."""
+        x = self.rows(lane[f"state{r % 2}"])
+        if self.config.norm_after_core:
+            x = self.norm(x, "output_norm")
+        return self.stage("coda", x, kv, n_out)
+
+    def head(self, x: Tensor, n: int) -> None:
+        """Logits of x, [E, n], into the first rows of io's."""
+        x = self.linear(self.norm(x, "output_norm"), "token_embd" if self.config.tied_head else "output", n)
+        self._copy(x, self._view_rows(self.io["logits"], self.config.n_vocab, 0, n))
 
     def _first(self, tensor: Tensor) -> Tensor:
         view: Tensor = self.lib.ggml_view_1d(self.context, tensor, self.chunk.n, 0)
         return view
-
-    def _rows(self, tensor: Tensor, width: int, first: int) -> Tensor:
-        return self._view_rows(tensor, width, first, self.chunk.n)
 
     def _view_rows(self, tensor: Tensor, width: int, first: int, n: int) -> Tensor:
         """Rows ``first .. first + n - 1`` of a float32 tensor of this width: [width, n]."""

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from mmap import PAGESIZE
+from mmap import PAGESIZE, mmap
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,8 @@ __all__ = [
     "Tensor",
     "TensorGroup",
     "TensorSpec",
-    "aligned_zeros",
     "copy_rows",
+    "lazy_zeros",
     "read",
     "read_into",
     "write",
@@ -143,24 +143,24 @@ class Graph:
         self._stack.callback(free, schedule)
 
 
-def aligned_zeros(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Zeros at an aligned address; pages that nobody touches take no memory."""
+def lazy_zeros(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Zeros that begin a page; pages that nobody touches take neither memory nor time."""
     n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     try:
-        raw = np.zeros(n_bytes + ALIGNMENT, np.uint8)
-    except MemoryError as error:
+        pages = mmap(-1, max(n_bytes, 1))
+    except (OSError, ValueError, OverflowError) as error:
         raise EngineError(
             f"not enough memory for {n_bytes / 2**20:.0f} MiB of K/V cache; use a smaller n_ctx"
         ) from error
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + n_bytes].view(dtype).reshape(shape)
+    return np.frombuffer(pages, np.uint8, n_bytes).view(dtype).reshape(shape)
 
 
-def write(lib: Ggml, tensor: Tensor, array: npt.NDArray[Any]) -> None:
-    """Copy an array into the beginning of a tensor; bytes are taken as they are."""
+def write(lib: Ggml, tensor: Tensor, array: npt.NDArray[Any], first: int = 0) -> None:
+    """Copy an array into a tensor, from element ``first`` on; bytes are taken as they are."""
+    offset = first * array.itemsize
     assert array.flags.c_contiguous, "bytes lie in order"
-    assert array.nbytes <= lib.ggml_nbytes(tensor), "array fits its tensor"
-    lib.ggml_backend_tensor_set(tensor, array.ctypes.data, 0, array.nbytes)
+    assert offset + array.nbytes <= lib.ggml_nbytes(tensor), "array fits its tensor"
+    lib.ggml_backend_tensor_set(tensor, array.ctypes.data, offset, array.nbytes)
 
 
 def read(lib: Ggml, tensor: Tensor, shape: Sequence[int]) -> npt.NDArray[np.float32]:

@@ -14,7 +14,7 @@ from localdepth.config import STAGES, Injection, ModelConfig
 from localdepth.engine.base import KvType, Limits
 from localdepth.engine.ggml import lib as ggml
 from localdepth.engine.ggml.device import Device
-from localdepth.engine.ggml.handles import ALIGNMENT, Graph, Memory, TensorGroup, aligned_zeros, copy_rows, read_into
+from localdepth.engine.ggml.handles import ALIGNMENT, Graph, Memory, TensorGroup, copy_rows, lazy_zeros, read_into
 from localdepth.slots import n_planes
 
 __all__ = ["GgmlKv", "new_lane", "plane_bytes"]
@@ -52,7 +52,7 @@ class _Planes:
         names = [f"{layer}.{side}" for layer in range(n_layer) for side in "kv"]
         specs = dict.fromkeys(names, (kind, (config.n_embd_kv, limits.n_ctx)))
         if device.is_host:
-            self._bytes = aligned_zeros((len(names), step), np.uint8)
+            self._bytes = lazy_zeros((len(names), step), np.uint8)
             place: int | Memory = Memory(self._bytes.reshape(-1), range(0, step * len(names), step))
         else:
             place = device.buffer_type
@@ -85,7 +85,7 @@ class GgmlKv:
         self.max_depth = max_depth
         self.depths: list[int] = []
         # e and s_d of committed positions, from which deeper passes go on; untouched pages cost nothing
-        self.embeds, self.states = np.zeros((2, limits.n_ctx, config.n_embd), np.float32)
+        self.embeds, self.states = lazy_zeros((2, limits.n_ctx, config.n_embd), np.float32)
         self._planes: dict[str, list[_Planes]] = {stage: [] for stage in STAGES}  # by pass in the core, else one
         self._lane: TensorGroup | None = None
         self._graphs: OrderedDict[tuple[object, ...], Graph] = OrderedDict()

@@ -104,8 +104,9 @@ def largest_graphs(factory: GraphFactory, device: Device, limits: Limits, stack:
             partial(factory.prelude, chunk, lane, kv.tensors("prelude", 0)),
             partial(factory.core, chunk, lane, kv.tensors("core", 0), 0),
             partial(factory.coda, chunk, lane, kv.tensors("coda", 0), 0, chunk.n),
+            partial(factory.coda_and_head, chunk, lane, kv.tensors("coda", 0), 0),
         ]
-    kinds += [partial(factory.head, Chunk(0, rows, 1), lane) for rows in (HEAD_ROWS, 1)]
+    kinds.append(partial(factory.head, Chunk(0, HEAD_ROWS, 1), lane))
     for build in kinds:
         graph = build()
         stack.callback(graph.close)
