@@ -41,7 +41,7 @@ _LIMITS = {
     "n_head_kv": 1 << 13,
     "head_dim": 1 << 12,
     "n_ff": 1 << 20,
-    "n_vocab": 1 << 22,
+    "n_vocab": 1 << 20,
     "n_ctx": 1 << 24,
     "max_depth": 4096,
     "rope_scaling_original_n_ctx": 1 << 24,

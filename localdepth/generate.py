@@ -166,6 +166,7 @@ class Stream:
         self._texts = _Released(tokenizer, request.stop)
         self._cost = _Cost(engine.config, request)
         self._tokens = self._run()
+        self._keeps = False  # what was read, when closed early
         self._turn = threading.Lock()  # a generator that runs in one thread must not be closed from another
 
     @property
@@ -205,6 +206,7 @@ class Stream:
     def close(self) -> None:
         """End early, once the token in the making is done; safe to call twice."""
         with self._turn:
+            self._keeps = True
             self._tokens.close()
 
     def _run(self) -> Generator[Token, None, None]:
@@ -225,7 +227,8 @@ class Stream:
                 self.finish_reason, text = self._advance(chosen.id, len(ids))
                 yield Token(chosen.id, text, depth, chosen.logprob, chosen.top)
         except GeneratorExit:
-            pass
+            if not self._keeps:  # the collector found it, in whatever this thread is doing: nothing may be touched
+                return
         except BaseException:
             with self._lock:
                 sequence.close()

@@ -66,9 +66,9 @@ def _check_model(model: dict[str, Any], n_vocab: int) -> None:
     if model.get("type") != "WordPiece" and model.get("continuing_subword_prefix"):
         # The library cuts merges at this many bytes, inside a character if so asked, and the process aborts.
         raise ModelFileError("the file's tokenizer has a BPE continuing_subword_prefix; use a model without one")
-    if model.get("type") == "WordPiece":
-        _at_most("max_input_chars_per_word", model.get("max_input_chars_per_word", 0), _MAX_WORD)
-    if model.get("type") == "Unigram":
+    # old files name no type, and the library goes by what they hold
+    _at_most("max_input_chars_per_word", model.get("max_input_chars_per_word", 0), _MAX_WORD)
+    if isinstance(vocab, list):  # Unigram
         _at_most("longest token", max((len(piece) for piece, _ in vocab), default=0), _MAX_WORD)
     for key, value in model.items():
         if isinstance(value, str):

@@ -108,6 +108,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
         model(type="WordPiece", vocab={"a": 0}, unk_token="a", continuing_subword_prefix="#" * 10**6),
         "over 16384",
     ),
+    "long words without a type": (model(vocab={"a": 0}, unk_token="a", max_input_chars_per_word=10**9), "over 1024"),
+    "long pieces without a type": (model(unk_id=0, vocab=[["a" * 1500, -1.0]]), "over 1024"),
     "long pieces": (model(type="Unigram", unk_id=0, vocab=[["a" * i, -1.0] for i in range(1500)]), "over 1024"),
     "huge id": (model(**{**WORDS, "vocab": {"<unk>": 0, "a": 1 << 31}}), "do not fit"),
     "huge number": (lambda made: made["model"].update(vocab={"<unk>": 0, "a": 10**4000}), "cannot be read"),

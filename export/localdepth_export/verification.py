@@ -17,7 +17,7 @@ from localdepth.config import ModelConfig
 from localdepth.engine.base import F32
 from localdepth.engine.ggml.engine import GgmlEngine
 from localdepth.engine.ggml.quantize import FITTED, quantize
-from localdepth.errors import ConfigError, MissingExtra, install_line
+from localdepth.errors import ConfigError, MissingExtra, ModelFileError, install_line
 from localdepth.gguf import Check, CheckStatus, GgufFile, read
 from localdepth.model import Model
 from localdepth.prompt import PromptReader
@@ -130,6 +130,7 @@ def verify(
         ConfigError: file and checkpoint are different models, the file was rounded with another importance, no depth
             is given, or there is no tokenizer for ``text``.
         DepthError: a depth outside the range.
+        ModelFileError: the file is damaged; its checksum says so.
         MissingExtra: torch is not installed.
     """
     try:
@@ -140,6 +141,8 @@ def verify(
         raise ConfigError("no depths to compare; pass at least one")
     source = Checkpoint(checkpoint)
     with read(file) as model, ExitStack() as stack:
+        if model.is_intact() is False:
+            raise ModelFileError(f"{file}: the weights are not those that were written; export it again")
         _same_model(model.config, source.config, file, checkpoint)
         for depth in depths:
             model.config.check_depth(depth, measure=True)

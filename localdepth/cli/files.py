@@ -39,22 +39,27 @@ def inspect(
     ring: RingOption = None,
     kv_type: KvTypeOption = "f16",
     low_memory: LowMemoryOption = False,
+    check: Annotated[bool, typer.Option("--check", help="Compare the weights with the checksum in the file.")] = False,
     as_json: JsonOption = False,
-) -> None:
+) -> int:
     """Show what a model file holds and what it would take of the memory, without loading its weights."""
     with read(locate(file)) as opened:
         record, config = opened.summary(), opened.config
+        if check:
+            record["intact"] = opened.is_intact()
+    code = CHECK_FAILED if record.get("intact") is False else 0
     depths = sorted({1, config.default_depth, *(d for d in _SHOWN_DEPTHS if d <= config.max_depth), config.max_depth})
     plans = [plan(file, depth=d, n_ctx=n_ctx, ring=ring, kv_type=kv_type, low_memory=low_memory) for d in depths]
     if as_json:
         console.emit({**record, "memory": [planned.to_dict() for planned in plans]})
-        return
+        return code
     del record["config"]
     console.show_facts({key: str(value) for key, value in config.to_dict().items()})
     console.say.print()
     console.show_facts({key: brief(value) for key, value in record.items()})
     console.say.print()
     _show_memory(plans)
+    return code
 
 
 def _show_memory(plans: Sequence[MemoryPlan]) -> None:

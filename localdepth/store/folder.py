@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from localdepth.errors import ModelFileError, RequestError, StorageError
+from localdepth.gguf import read
 
 __all__ = [
     "HOME",
@@ -122,13 +123,16 @@ class Stored:
         return self.path.stem
 
     def verify(self, progress: Progress = silent) -> Verdict:
-        """Compare size and checksum with the manifest.
+        """Compare size and checksum with the manifest; without one, the weights with the checksum in the file.
 
         Raises:
             StorageError: the file cannot be read.
+            ModelFileError: there is no manifest, and the file is no model of ours.
         """
         if self.manifest is None:
-            return Verdict.NO_MANIFEST
+            with read(self.path) as file:
+                intact = file.is_intact()
+            return {None: Verdict.NO_MANIFEST, True: Verdict.SOUND, False: Verdict.DAMAGED}[intact]
         same = self.n_bytes == self.manifest.n_bytes and digest(self.path, progress) == self.manifest.sha256
         return Verdict.SOUND if same else Verdict.DAMAGED
 

@@ -34,15 +34,13 @@ class Device(Protocol):
     Attributes:
         name: for people.
         is_host: tensors lie in memory we can see.
-        buffer_type: ggml's handle of the memory for weights, K/V and working rows.
-        host_type: the same for what stays with the CPU.
+        memory: where tensors go, as ``TensorGroup`` takes it: None for memory of ours, else a ggml buffer type.
     """
 
     lib: Ggml
     name: str
     is_host: bool
-    buffer_type: int
-    host_type: int
+    memory: int | None
 
     def measure(self, graphs: Iterable[Graph]) -> int:
         """Bytes of scratch memory that the largest of these graphs needs, without allocating any."""
@@ -67,6 +65,7 @@ class CpuDevice:
     """ggml's CPU backend with a fixed number of threads."""
 
     name, is_host = "CPU", True
+    memory: int | None = None
 
     def __init__(self, lib: Ggml, n_threads: int, stack: ExitStack) -> None:
         self.lib, self._n_threads = lib, n_threads
@@ -75,7 +74,6 @@ class CpuDevice:
             raise EngineError("ggml's CPU backend does not start; reinstall llama-cpp-python")
         stack.callback(lib.ggml_backend_free, self.handle)
         lib.ggml_backend_cpu_set_n_threads(self.handle, n_threads)
-        self.buffer_type = self.host_type = lib.ggml_backend_get_default_buffer_type(self.handle)
         self._scratch = self._allocator(stack)
 
     def measure(self, graphs: Iterable[Graph]) -> int:
@@ -106,7 +104,7 @@ class CpuDevice:
         return None
 
     def _allocator(self, stack: ExitStack) -> int:
-        allocator: int = self.lib.ggml_gallocr_new(self.buffer_type)
+        allocator: int = self.lib.ggml_gallocr_new(self.lib.ggml_backend_get_default_buffer_type(self.handle))
         stack.callback(self.lib.ggml_gallocr_free, allocator)
         return allocator
 
@@ -118,6 +116,7 @@ class GpuDevice:
     """Any other device of ggml's registry, with the CPU for operators it lacks."""
 
     is_host = False
+    memory: int | None
 
     def __init__(self, lib: Ggml, device: int, n_threads: int, stack: ExitStack) -> None:
         self.lib, self._device = lib, device
@@ -128,8 +127,7 @@ class GpuDevice:
         stack.callback(lib.ggml_backend_free, handle)
         self._cpu = CpuDevice(lib, n_threads, stack)
         self._backends = (ctypes.c_void_p * 2)(handle, self._cpu.handle)  # in order of preference
-        self.buffer_type = lib.ggml_backend_get_default_buffer_type(handle)
-        self.host_type = self._cpu.buffer_type
+        self.memory = lib.ggml_backend_get_default_buffer_type(handle)
 
     def measure(self, graphs: Iterable[Graph]) -> int:
         largest = 0

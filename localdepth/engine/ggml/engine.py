@@ -21,7 +21,7 @@ from localdepth.engine.base import F32, Ids, Kv, Limits, Rows, Span, check_open,
 from localdepth.engine.ggml import lib as ggml
 from localdepth.engine.ggml.device import Device, DeviceName, open_device
 from localdepth.engine.ggml.graph import Chunk, GraphFactory
-from localdepth.engine.ggml.handles import Graph, TensorGroup, read, write
+from localdepth.engine.ggml.handles import Graph, TensorGroup
 from localdepth.engine.ggml.kv import GgmlKv, new_lane, plane_bytes
 from localdepth.engine.ggml.parts import HEAD_ROWS, Parts, make_parts
 from localdepth.engine.ggml.plan import Planner, largest_graphs
@@ -72,7 +72,7 @@ class GgmlSpan:
             self.lane.close()
 
     def _read(self, name: str) -> F32:
-        return read(self._engine.device.lib, self.lane[name], (self.n, self._engine.config.n_embd))
+        return self.lane.read(name, (self.n, self._engine.config.n_embd))
 
 
 class GgmlEngine:
@@ -192,7 +192,7 @@ class GgmlEngine:
         means = {}
         for name, n_in in matrices(self.config).items():
             if rows := self._rows[_kind(name)]:
-                means[name] = read(self.device.lib, self._parts.sums[name], (n_in,)) / np.float32(rows)
+                means[name] = self._parts.sums.read(name, (n_in,)) / np.float32(rows)
         return means
 
     def close(self) -> None:
@@ -220,10 +220,10 @@ class GgmlEngine:
         span = GgmlSpan(self, kv, kv.n, len(ids))
         with _opening(span):
             s0 = np.zeros((span.n, self.config.n_embd), np.float32) if state is None else state
-            write(self.device.lib, span.lane["state0"], np.ascontiguousarray(s0, np.float32))
+            span.lane.write("state0", np.ascontiguousarray(s0, np.float32))
             for chunk in span.chunks:
                 tokens = ids[chunk.offset : chunk.offset + chunk.n]
-                write(self.device.lib, self._parts.tokens, np.ascontiguousarray(tokens, np.int32))
+                self._parts.tokens.write("tokens", np.ascontiguousarray(tokens, np.int32))
                 build = partial(self._factory.prelude, chunk, span.lane, kv.tensors("prelude", 0))
                 self._run(span, chunk, ("prelude", chunk.n_kv), build)
         return span
@@ -232,8 +232,8 @@ class GgmlEngine:
         span = GgmlSpan(self, kv, 0, kv.n)
         with _opening(span):
             span.r = kv.depths[0]
-            write(self.device.lib, span.lane["embeds"], kv.embeds[: kv.n])
-            write(self.device.lib, span.lane[f"state{span.r % 2}"], kv.states[: kv.n])
+            span.lane.write("embeds", kv.embeds[: kv.n])
+            span.lane.write(f"state{span.r % 2}", kv.states[: kv.n])
             if self.config.injection is Injection.CONCAT_LINEAR:
                 for chunk in span.chunks:
                     build = partial(self._factory.injected, chunk, span.lane)
@@ -252,7 +252,7 @@ class GgmlEngine:
         """Logits of a few rows from ``offset`` on."""
         n = min(HEAD_ROWS, span.n - offset)
         self._compute(span, n, ("head",), partial(self._factory.head, Chunk(offset, n, 1), span.lane))
-        return read(self.device.lib, self._parts.io["logits"], (n, self.config.n_vocab))
+        return self._parts.io.read("logits", (n, self.config.n_vocab))
 
     def _coda(self, span: GgmlSpan, rows: Rows) -> None:
         """Keys and values of all rows; output of all, or logits of the last."""
@@ -268,7 +268,7 @@ class GgmlEngine:
             build = partial(self._factory.coda_and_head, last, span.lane, planes, span.r)
             self._run(span, last, ("coda and head", span.r % 2, last.n_kv), build)
             self._rows.update(coda=last.n, head=1)
-            span.last_logits = read(self.device.lib, self._parts.io["logits"], (1, self.config.n_vocab))
+            span.last_logits = self._parts.io.read("logits", (1, self.config.n_vocab))
         span.coda_rows = rows
 
     def _run(self, span: GgmlSpan, chunk: Chunk, key: tuple[str | int, ...], build: Callable[[], Graph]) -> None:
@@ -301,17 +301,17 @@ class GgmlEngine:
 
     def _place(self, span: GgmlSpan, chunk: Chunk) -> None:
         """Write the chunk's positions, and what each may look at."""
-        lib, io = self.device.lib, self._parts.io
+        io = self._parts.io
         first = span.start + chunk.offset
         positions = np.arange(first, first + chunk.n)
-        write(lib, io["positions"], positions.astype(np.int32))
-        write(lib, io["rows"], positions)
+        io.write("positions", positions.astype(np.int32))
+        io.write("rows", positions)
         if chunk.n == 1 and self._seen == first:  # the row before, and one position more
-            write(lib, io["mask"], _VISIBLE, first)
+            io.write("mask", _VISIBLE, first)
         elif chunk.n == 1:
-            write(lib, io["mask"], _mask(positions, self.limits.n_ctx))
+            io.write("mask", _mask(positions, self.limits.n_ctx))
         else:
-            write(lib, io["mask"], _mask(positions, chunk.n_kv))
+            io.write("mask", _mask(positions, chunk.n_kv))
         self._seen = first + 1 if chunk.n == 1 else -1
         self._placed = span, chunk
 
@@ -408,15 +408,15 @@ def _self_test(device: Device) -> None:
     a, b = rng.standard_normal((2, 3, 32), np.float32)
     with ExitStack() as stack:
         specs = {"a": (ggml.F32, (32, 3)), "b": (ggml.F32, (32, 3)), "out": (ggml.F32, (3, 3))}
-        tensors = TensorGroup(lib, specs, device.buffer_type)
+        tensors = TensorGroup(lib, specs, device.memory)
         stack.callback(tensors.close)
-        write(lib, tensors["a"], a)
-        write(lib, tensors["b"], b)
+        tensors.write("a", a)
+        tensors.write("b", b)
         graph = Graph(lib, 16)
         stack.callback(graph.close)
         product = lib.ggml_mul_mat(graph.context, tensors["a"], tensors["b"])
         lib.ggml_build_forward_expand(graph.handle, lib.ggml_cpy(graph.context, product, tensors["out"]))
         device.place(graph)
         device.compute(graph)
-        if not np.allclose(read(lib, tensors["out"], (3, 3)), b @ a.T, atol=1e-4):
+        if not np.allclose(tensors.read("out", (3, 3)), b @ a.T, atol=1e-4):
             raise EngineError(f"ggml in {lib.folder} computes a product wrongly; reinstall it: {ggml.INSTALL_LINE}")

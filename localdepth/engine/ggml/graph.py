@@ -150,7 +150,7 @@ class _Nodes:
 
     def embed(self) -> Tensor:
         """Token vectors, scaled: [E, T]."""
-        tokens = self._first(self.parts.tokens)
+        tokens = self._first(self.parts.tokens["tokens"])
         x: Tensor = self.lib.ggml_get_rows(self.context, self.parts.embedding, tokens)
         if self.config.embed_scale != 1.0:
             x = self.lib.ggml_scale(self.context, x, self.config.embed_scale)

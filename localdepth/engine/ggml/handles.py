@@ -13,26 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from localdepth.engine.ggml import lib as ggml
 from localdepth.engine.ggml.lib import Ggml
 from localdepth.errors import EngineError
 
-__all__ = [
-    "ALIGNMENT",
-    "Graph",
-    "Memory",
-    "Tensor",
-    "TensorGroup",
-    "TensorSpec",
-    "copy_rows",
-    "lazy_zeros",
-    "read",
-    "read_into",
-    "write",
-]
+__all__ = ["Graph", "Memory", "Tensor", "TensorGroup", "TensorSpec", "lazy_zeros"]
 
-ALIGNMENT = 64  # bytes; at least what any ggml CPU kernel asks for
-_HUGE_PAGE, _MADV_HUGEPAGE = 1 << 21, 14
+_ALIGNMENT = 64  # bytes; at least what any ggml CPU kernel asks for
 _TENSOR_ALIGNMENT = 32  # what ggml itself insists on
+_HUGE_PAGE, _MADV_HUGEPAGE = 1 << 21, 14
+_DTYPES = {ggml.F32: np.float32, ggml.F16: np.float16, ggml.I32: np.int32, ggml.I64: np.int64}
 
 Tensor = int  # address of a struct ggml_tensor
 TensorSpec = tuple[int, tuple[int, ...]]  # ggml type id, and shape in ggml order: ne0 (contiguous) first
@@ -47,15 +37,17 @@ class Memory:
 
 
 class TensorGroup:
-    """Named tensors in one buffer: allocated as a buffer type says, or laid over memory that is kept alive.
+    """Named tensors in one buffer.
 
     Args:
         tensors: name -> type and shape.
-        place: handle of a ggml buffer type to allocate from, or host memory to lie over.
+        place: None for zeros of our own, whose pages cost nothing until they are touched and which are read and
+            written without asking ggml; a handle of a ggml buffer type to allocate from; or memory to lie over.
     """
 
-    def __init__(self, lib: Ggml, tensors: Mapping[str, TensorSpec], place: "int | Memory") -> None:
+    def __init__(self, lib: Ggml, tensors: Mapping[str, TensorSpec], place: "int | Memory | None" = None) -> None:
         self._lib = lib
+        self._views: dict[str, npt.NDArray[Any]] = {}  # contents of tensors in memory of our own, flat
         self._stack = ExitStack()
         self._finalizer = weakref.finalize(self, self._stack.close)
         try:
@@ -63,9 +55,8 @@ class TensorGroup:
             self._stack.callback(lib.ggml_free, context)
             self._tensors = {name: _new(lib, context, *spec) for name, spec in tensors.items()}
             if tensors:  # a stage may have no layers
-                buffer = self._lay_over(place) if isinstance(place, Memory) else self._allocate(place, context)
-                self._stack.callback(lib.ggml_backend_buffer_free, buffer)
-                self._buffer = buffer
+                self._buffer = self._allocate(place, context) if isinstance(place, int) else self._lay(tensors, place)
+                self._stack.callback(lib.ggml_backend_buffer_free, self._buffer)
         except BaseException:
             self._finalizer()
             raise
@@ -78,6 +69,40 @@ class TensorGroup:
     def get(self, name: str) -> Tensor | None:
         """The tensor, or None where the group has none of this name."""
         return self._tensors.get(name)
+
+    def write(self, name: str, array: npt.NDArray[Any], first: int = 0) -> None:
+        """Copy an array into a tensor, from element ``first`` on; elements are taken as they are."""
+        if (view := self._views.get(name)) is not None:
+            assert view.dtype == array.dtype, "elements are of the tensor's type"
+            view[first : first + array.size] = array.reshape(-1)
+            return
+        offset = first * array.itemsize
+        assert array.flags.c_contiguous, "bytes lie in order"
+        assert offset + array.nbytes <= self._lib.ggml_nbytes(self[name]), "array fits its tensor"
+        self._lib.ggml_backend_tensor_set(self[name], array.ctypes.data, offset, array.nbytes)
+
+    def read(self, name: str, shape: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Float32 values from the beginning of a tensor, in an array of their own."""
+        out = np.empty(shape, np.float32)
+        self.read_into(name, out)
+        return out
+
+    def read_into(self, name: str, out: npt.NDArray[Any], first: int = 0) -> None:
+        """Copy values of a tensor, from element ``first`` on, into an array."""
+        assert out.flags.c_contiguous, "bytes lie in order"
+        if (view := self._views.get(name)) is not None:
+            out.reshape(-1)[:] = view[first : first + out.size]
+            return
+        offset = first * out.itemsize
+        assert offset + out.nbytes <= self._lib.ggml_nbytes(self[name]), "array lies inside its tensor"
+        self._lib.ggml_backend_tensor_get(self[name], out.ctypes.data, offset, out.nbytes)
+
+    def copy_from(self, other: "TensorGroup", first: int, n: int, dtype: npt.DTypeLike) -> None:
+        """Take elements ``first .. first + n - 1`` of every tensor, of this type, from a group of the same names."""
+        elements = np.empty(n, dtype)
+        for name in self._tensors:
+            other.read_into(name, elements, first)
+            self.write(name, elements, first)
 
     def clear(self) -> None:
         """Fill the buffer with zeros."""
@@ -109,15 +134,24 @@ class TensorGroup:
             raise EngineError(f"not enough memory for {total / 2**20:.0f} MiB of tensors; close other programs")
         return buffer
 
-    def _lay_over(self, memory: Memory) -> int:
-        lib, base = self._lib, memory.array.ctypes.data
-        for tensor, offset in zip(self._tensors.values(), memory.offsets, strict=True):
+    def _lay(self, specs: Mapping[str, TensorSpec], given: Memory | None) -> int:
+        """Lay the tensors over memory that lives as long as they do."""
+        lib = self._lib
+        sizes = [lib.ggml_nbytes(tensor) for tensor in self._tensors.values()]
+        memory = given or _own_memory(sizes)
+        held = [memory]
+        self._stack.callback(held.clear)
+        base = memory.array.ctypes.data
+        for offset, size in zip(memory.offsets, sizes, strict=True):
             assert (base + offset) % _TENSOR_ALIGNMENT == 0, "tensors start aligned"
-            assert offset + lib.ggml_nbytes(tensor) <= memory.array.nbytes, "tensors lie inside the memory"
-        self._memory = memory  # kept alive as long as the tensors
+            assert offset + size <= memory.array.nbytes, "tensors lie inside the memory"
         buffer: int = lib.ggml_backend_cpu_buffer_from_ptr(base, memory.array.nbytes)
         for tensor, offset in zip(self._tensors.values(), memory.offsets, strict=True):
             lib.ggml_backend_tensor_alloc(buffer, tensor, base + offset)
+        if given is None:
+            for (name, (kind, _)), offset, size in zip(specs.items(), memory.offsets, sizes, strict=True):
+                self._views[name] = memory.array[offset : offset + size].view(_DTYPES[kind])
+            self._stack.callback(self._views.clear)
         return buffer
 
 
@@ -155,35 +189,12 @@ def lazy_zeros(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     return np.frombuffer(pages, np.uint8, n_bytes).view(dtype).reshape(shape)
 
 
-def write(lib: Ggml, tensor: Tensor, array: npt.NDArray[Any], first: int = 0) -> None:
-    """Copy an array into a tensor, from element ``first`` on; bytes are taken as they are."""
-    offset = first * array.itemsize
-    assert array.flags.c_contiguous, "bytes lie in order"
-    assert offset + array.nbytes <= lib.ggml_nbytes(tensor), "array fits its tensor"
-    lib.ggml_backend_tensor_set(tensor, array.ctypes.data, offset, array.nbytes)
-
-
-def read(lib: Ggml, tensor: Tensor, shape: Sequence[int]) -> npt.NDArray[np.float32]:
-    """Float32 values from the beginning of a tensor, in an array of their own."""
-    out = np.empty(shape, np.float32)
-    read_into(lib, tensor, out)
-    return out
-
-
-def read_into(lib: Ggml, tensor: Tensor, out: npt.NDArray[np.float32]) -> None:
-    """Copy values from the beginning of a tensor into an array."""
-    assert out.flags.c_contiguous, "bytes lie in order"
-    assert out.nbytes <= lib.ggml_nbytes(tensor), "array lies inside its tensor"
-    lib.ggml_backend_tensor_get(tensor, out.ctypes.data, 0, out.nbytes)
-
-
-def copy_rows(lib: Ggml, source: Tensor, target: Tensor, first: int, n: int, row_bytes: int) -> None:
-    """Copy n rows from one tensor to the same place of another, wherever the two are."""
-    rows = np.empty(n * row_bytes, np.uint8)
-    for tensor in (source, target):
-        assert (first + n) * row_bytes <= lib.ggml_nbytes(tensor), "rows lie inside both tensors"
-    lib.ggml_backend_tensor_get(source, rows.ctypes.data, first * row_bytes, rows.nbytes)
-    lib.ggml_backend_tensor_set(target, rows.ctypes.data, first * row_bytes, rows.nbytes)
+def _own_memory(sizes: Sequence[int]) -> Memory:
+    """Room for tensors of these sizes, each at an aligned place."""
+    offsets = [0]
+    for size in sizes:
+        offsets.append(offsets[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
+    return Memory(lazy_zeros((offsets[-1],), np.uint8), offsets[:-1])
 
 
 def _new(lib: Ggml, context: int, kind: int, shape: tuple[int, ...]) -> Tensor:

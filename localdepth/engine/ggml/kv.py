@@ -14,7 +14,7 @@ from localdepth.config import STAGES, Injection, ModelConfig
 from localdepth.engine.base import KvType, Limits
 from localdepth.engine.ggml import lib as ggml
 from localdepth.engine.ggml.device import Device
-from localdepth.engine.ggml.handles import ALIGNMENT, Graph, Memory, TensorGroup, copy_rows, lazy_zeros, read_into
+from localdepth.engine.ggml.handles import Graph, TensorGroup, lazy_zeros
 from localdepth.slots import n_planes
 
 __all__ = ["GgmlKv", "new_lane", "plane_bytes"]
@@ -34,41 +34,17 @@ def new_lane(device: Device, config: ModelConfig, n: int) -> TensorGroup:
     names = ["embeds", "state0", "state1", "output"]
     if config.injection is Injection.CONCAT_LINEAR:
         names.append("injected")
-    return TensorGroup(device.lib, dict.fromkeys(names, (ggml.F32, (config.n_embd, n))), device.buffer_type)
+    return TensorGroup(device.lib, dict.fromkeys(names, (ggml.F32, (config.n_embd, n))), device.memory)
 
 
-class _Planes:
-    """Keys and values of all layers of one stage at one pass, each tensor [n_ctx, n_embd_kv].
-
-    On the CPU they lie in numpy memory, whose pages cost nothing until they are written.
-    """
-
-    def __init__(self, device: Device, config: ModelConfig, limits: Limits, n_layer: int) -> None:
-        self._device = device
-        kind, dtype = _TYPES[limits.kv_type]
-        self._row_bytes = config.n_embd_kv * np.dtype(dtype).itemsize
-        n_bytes = limits.n_ctx * self._row_bytes
-        step = -(-n_bytes // ALIGNMENT) * ALIGNMENT
-        names = [f"{layer}.{side}" for layer in range(n_layer) for side in "kv"]
-        specs = dict.fromkeys(names, (kind, (config.n_embd_kv, limits.n_ctx)))
-        if device.is_host:
-            self._bytes = lazy_zeros((len(names), step), np.uint8)
-            place: int | Memory = Memory(self._bytes.reshape(-1), range(0, step * len(names), step))
-        else:
-            place = device.buffer_type
-        self.tensors = TensorGroup(device.lib, specs, place)
-        if not device.is_host:
-            self.tensors.clear()  # attention multiplies what it masks, and rubbish may not be finite
-        self._names = names
-
-    def copy_rows(self, source: "_Planes", first: int, n: int) -> None:
-        """Take positions ``first .. first + n - 1`` from another pass."""
-        if self._device.is_host:
-            rows = slice(first * self._row_bytes, (first + n) * self._row_bytes)
-            self._bytes[:, rows] = source._bytes[:, rows]
-            return
-        for name in self._names:
-            copy_rows(self._device.lib, source.tensors[name], self.tensors[name], first, n, self._row_bytes)
+def _new_planes(device: Device, config: ModelConfig, limits: Limits, n_layer: int) -> TensorGroup:
+    """Keys and values of all layers of one stage at one pass, ``{layer}.k`` and ``{layer}.v``, [n_ctx, n_embd_kv]."""
+    names = [f"{layer}.{side}" for layer in range(n_layer) for side in "kv"]
+    specs = dict.fromkeys(names, (_TYPES[limits.kv_type][0], (config.n_embd_kv, limits.n_ctx)))
+    planes = TensorGroup(device.lib, specs, device.memory)
+    if not device.is_host:
+        planes.clear()  # attention multiplies what it masks, and rubbish may not be finite
+    return planes
 
 
 class GgmlKv:
@@ -86,7 +62,7 @@ class GgmlKv:
         self.depths: list[int] = []
         # e and s_d of committed positions, from which deeper passes go on; untouched pages cost nothing
         self.embeds, self.states = lazy_zeros((2, limits.n_ctx, config.n_embd), np.float32)
-        self._planes: dict[str, list[_Planes]] = {stage: [] for stage in STAGES}  # by pass in the core, else one
+        self._planes: dict[str, list[TensorGroup]] = {stage: [] for stage in STAGES}  # by pass in the core, else one
         self._lane: TensorGroup | None = None
         self._graphs: OrderedDict[tuple[object, ...], Graph] = OrderedDict()
         self.busy = False  # a span is open
@@ -107,11 +83,11 @@ class GgmlKv:
         """Tensors ``{layer}.k`` and ``{layer}.v`` of one plane, made on first use."""
         made = self._planes[stage]
         while len(made) <= index:
-            planes = _Planes(self._device, self._config, self._limits, self._config.n_layer(stage))
+            planes = _new_planes(self._device, self._config, self._limits, self._config.n_layer(stage))
             if made and self.n:  # every committed position stopped before this plane existed
-                planes.copy_rows(made[-1], 0, self.n)
+                self._copy_rows(made[-1], planes, 0, self.n)
             made.append(planes)
-        return made[index].tensors
+        return made[index]
 
     def allow(self, max_depth: int) -> None:
         if max_depth > self.max_depth:
@@ -123,10 +99,10 @@ class GgmlKv:
         core = self._planes["core"]
         last = n_planes(depth, self._limits.ring)
         for deeper in core[last:]:
-            deeper.copy_rows(core[last - 1], first, n)
+            self._copy_rows(core[last - 1], deeper, first, n)
         rows = slice(first, first + n)
-        read_into(self._device.lib, lane["embeds"], self.embeds[rows])
-        read_into(self._device.lib, lane[f"state{depth % 2}"], self.states[rows])
+        lane.read_into("embeds", self.embeds[rows])
+        lane.read_into(f"state{depth % 2}", self.states[rows])
         self.depths[first:] = [depth] * n
 
     def graph(self, key: tuple[object, ...], build: Callable[[], Graph]) -> Graph:
@@ -153,18 +129,22 @@ class GgmlKv:
         twin = GgmlKv(self._device, self._config, self._limits, self.max_depth, self._admit)
         for stage, made in self._planes.items():
             for index, planes in enumerate(made):
-                twin.tensors(stage, index)
-                twin._planes[stage][index].copy_rows(planes, 0, n)
+                self._copy_rows(planes, twin.tensors(stage, index), 0, n)
         twin.depths = self.depths[:n]
         twin.embeds[:n], twin.states[:n] = self.embeds[:n], self.states[:n]
         return twin
+
+    def _copy_rows(self, source: TensorGroup, target: TensorGroup, first: int, n: int) -> None:
+        """Copy keys and values of n positions from one plane to another."""
+        width = self._config.n_embd_kv
+        target.copy_from(source, first * width, n * width, _TYPES[self._limits.kv_type][1])
 
     def close(self) -> None:
         self.closed = True
         self.forget_graphs()
         for made in self._planes.values():
             for planes in made:
-                planes.tensors.close()
+                planes.close()
             made.clear()
         if self._lane is not None:
             self._lane.close()

@@ -101,7 +101,6 @@ _FUNCTIONS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ggml_backend_alloc_ctx_tensors_from_buft": (_P, (_P, _P)),
     "ggml_backend_buft_get_alloc_size": (_Z, (_P, _P)),
     "ggml_backend_buft_name": (c_char_p, (_P,)),
-    "ggml_backend_cpu_buffer_type": (_P, ()),
     "ggml_backend_cpu_buffer_from_ptr": (_P, (_P, _Z)),
     "ggml_backend_buffer_free": (None, (_P,)),
     "ggml_backend_buffer_get_base": (_P, (_P,)),

@@ -7,7 +7,7 @@ from localdepth.config import ModelConfig
 from localdepth.engine.base import KvType, Limits
 from localdepth.engine.ggml import lib as ggml
 from localdepth.engine.ggml.device import Device
-from localdepth.engine.ggml.handles import Tensor, TensorGroup
+from localdepth.engine.ggml.handles import Tensor, TensorGroup, TensorSpec
 from localdepth.engine.ggml.weights import Weights, matrices, rope_factors
 
 __all__ = ["HEAD_ROWS", "Parts", "io_bytes", "make_parts", "n_rows"]
@@ -23,7 +23,7 @@ class Parts:
         weights: by canonical name.
         embedding: what token vectors are read from, on the CPU.
         rope_factors: [head_dim / 2], where the model scales its rotation.
-        tokens: [n_batch] ids, on the CPU.
+        tokens: ``tokens``, [n_batch] ids, on the CPU.
         io: ``positions``, ``rows``, ``mask`` and ``logits``, written or read between graphs.
         kv_bytes: size of one element of the K/V planes.
         sums: by weight, [n_in]: every product adds the squares of its inputs here; None costs nothing.
@@ -32,7 +32,7 @@ class Parts:
     weights: Weights
     embedding: Tensor
     rope_factors: Tensor | None
-    tokens: Tensor
+    tokens: TensorGroup
     io: TensorGroup
     kv_bytes: int
     sums: TensorGroup | None = None
@@ -48,10 +48,10 @@ def make_parts(
     importance: bool = False,
 ) -> Parts:
     """Everything but the weights, allocated on ``device`` and freed with ``stack``."""
-    lib, n = device.lib, n_rows(limits)
+    n = n_rows(limits)
 
-    def group(specs: dict[str, tuple[int, tuple[int, ...]]], place: int) -> TensorGroup:
-        made = TensorGroup(lib, specs, place)
+    def group(specs: dict[str, TensorSpec], place: int | None) -> TensorGroup:
+        made = TensorGroup(device.lib, specs, place)
         stack.callback(made.close)
         return made
 
@@ -63,14 +63,14 @@ def make_parts(
     }
     sums = None
     if importance:
-        sums = group({name: (ggml.F32, (n_in,)) for name, n_in in matrices(config).items()}, device.buffer_type)
+        sums = group({name: (ggml.F32, (n_in,)) for name, n_in in matrices(config).items()}, device.memory)
         sums.clear()
     return Parts(
         weights=weights,
         embedding=embedding,
-        rope_factors=rope_factors(lib, config, device.buffer_type, stack),
-        tokens=group({"tokens": (ggml.I32, (n,))}, device.host_type)["tokens"],
-        io=group(io, device.buffer_type),
+        rope_factors=rope_factors(device, config, stack),
+        tokens=group({"tokens": (ggml.I32, (n,))}, None),
+        io=group(io, device.memory),
         kv_bytes=4 if limits.kv_type is KvType.F32 else 2,
         sums=sums,
     )

@@ -27,7 +27,6 @@ from localdepth.engine.ggml.handles import (
     Tensor,
     TensorGroup,
     TensorSpec,
-    write,
 )
 from localdepth.engine.ggml.lib import Ggml
 from localdepth.gguf import GgufFile
@@ -35,7 +34,7 @@ from localdepth.quant import Quant
 
 __all__ = ["PackPlan", "Weights", "map_plain", "matrices", "move", "pack", "plan_packs", "rope_factors"]
 
-ROPE_FACTORS = "rope_factors"  # [head_dim / 2]: what ggml divides each rotation frequency by
+_FACTORS = "rope_factors"
 _MANY = 1 << 30  # rows
 _SUPPORT_ROWS = 2  # of the product that a layout is asked about
 
@@ -101,14 +100,15 @@ def map_plain(lib: Ggml, file: GgufFile, stack: ExitStack) -> TensorGroup:
     return _keep(stack, TensorGroup(lib, _specs(file), memory))
 
 
-def rope_factors(lib: Ggml, config: ModelConfig, buffer_type: int, stack: ExitStack) -> Tensor | None:
+def rope_factors(device: Device, config: ModelConfig, stack: ExitStack) -> Tensor | None:
     """What scales the rotation frequencies, [head_dim / 2]; None where nothing does."""
     if config.rope_scaling is RopeScaling.NONE:
         return None
-    group = _keep(stack, TensorGroup(lib, {ROPE_FACTORS: (ggml.F32, (config.head_dim // 2,))}, buffer_type))
+    group = _keep(stack, TensorGroup(device.lib, {_FACTORS: (ggml.F32, (config.head_dim // 2,))}, device.memory))
     plain = replace(config, rope_scaling=RopeScaling.NONE).rope_frequencies()
-    write(lib, group[ROPE_FACTORS], np.asarray(np.array(plain) / np.array(config.rope_frequencies()), np.float32))
-    return group[ROPE_FACTORS]
+    # ggml divides each rotation frequency by its factor
+    group.write(_FACTORS, np.asarray(np.array(plain) / np.array(config.rope_frequencies()), np.float32))
+    return group[_FACTORS]
 
 
 def plan_packs(lib: Ggml, file: GgufFile) -> list[PackPlan]:
@@ -139,7 +139,7 @@ def pack(lib: Ggml, file: GgufFile, plans: Sequence[PackPlan], stack: ExitStack)
         group = _keep(stack, TensorGroup(lib, specs, types[plan.layout]))
         group.use_huge_pages()
         for name in plan.names:
-            write(lib, group[name], file.data(name))
+            group.write(name, file.data(name))
             if plan.serves_all:
                 file.let_go(name)
         groups.append((plan.max_rows, group))
@@ -151,10 +151,10 @@ def move(device: Device, file: GgufFile, stack: ExitStack) -> TensorGroup:
     specs = _specs(file)
     if not file.config.tied_head:
         del specs["token_embd.weight"]
-    group = _keep(stack, TensorGroup(device.lib, specs, device.buffer_type))
+    group = _keep(stack, TensorGroup(device.lib, specs, device.memory))
     group.hold_weights()
     for name in specs:
-        write(device.lib, group[name], file.data(name))
+        group.write(name, file.data(name))
     return group
 
 
@@ -162,10 +162,7 @@ def _packed_bytes(lib: Ggml, spec: TensorSpec, buffer_type: int) -> int:
     """Bytes of a matrix in a packed layout, 0 where the layout does not take it (setting it would crash)."""
     with ExitStack() as stack:
         group = _keep(stack, TensorGroup(lib, {"weight": spec}, buffer_type))
-        rows = _keep(
-            stack,
-            TensorGroup(lib, {"rows": (ggml.F32, (spec[1][0], _SUPPORT_ROWS))}, lib.ggml_backend_cpu_buffer_type()),
-        )
+        rows = _keep(stack, TensorGroup(lib, {"rows": (ggml.F32, (spec[1][0], _SUPPORT_ROWS))}))
         graph = Graph(lib, 4)
         stack.callback(graph.close)
         product = lib.ggml_mul_mat(graph.context, group["weight"], rows["rows"])
