@@ -17,7 +17,7 @@ from localdepth.config import ModelConfig
 from localdepth.engine.base import F32
 from localdepth.engine.ggml.engine import GgmlEngine
 from localdepth.engine.ggml.quantize import FITTED, quantize
-from localdepth.errors import ConfigError, MissingExtra, ModelFileError, install_line
+from localdepth.errors import ConfigError, MissingExtra, install_line
 from localdepth.gguf import Check, CheckStatus, GgufFile, read
 from localdepth.model import Model
 from localdepth.prompt import PromptReader
@@ -74,6 +74,7 @@ class Report:
 
     Attributes:
         check: differences by depth, as written into the file.
+        intact: whether the weights have the checksum in the file; True where it has none.
         wrong_tensors: tensors whose stored numbers are not those of the checkpoint, rounded.
         quant: the coarsest in the file, which sets the bound.
         exact: whether the stored numbers could be judged as ggml rounds them; otherwise the file was rounded with an
@@ -82,6 +83,7 @@ class Report:
     """
 
     check: Check
+    intact: bool
     wrong_tensors: tuple[str, ...]
     quant: Quant
     bound: Bound
@@ -103,6 +105,8 @@ class Report:
                 f"FAILED: {len(self.wrong_tensors)} tensors ({named}) do not hold the checkpoint's numbers; "
                 "the file is damaged or comes from another checkpoint, export it again"
             )
+        if not self.intact:
+            return "FAILED: the weights do not have the checksum in the file; it is damaged, export it again"
         limits = f"KL {self.bound.kl:g}" + (f", max abs {self.bound.max_abs:g}" if self.quant is Quant.F32 else "")
         if self.passed:
             how = "as ggml rounds them" if self.exact else "rounded with an importance that was not given"
@@ -130,7 +134,6 @@ def verify(
         ConfigError: file and checkpoint are different models, the file was rounded with another importance, no depth
             is given, or there is no tokenizer for ``text``.
         DepthError: a depth outside the range.
-        ModelFileError: the file is damaged; its checksum says so.
         MissingExtra: torch is not installed.
     """
     try:
@@ -141,8 +144,7 @@ def verify(
         raise ConfigError("no depths to compare; pass at least one")
     source = Checkpoint(checkpoint)
     with read(file) as model, ExitStack() as stack:
-        if model.is_intact() is False:
-            raise ModelFileError(f"{file}: the weights are not those that were written; export it again")
+        intact = model.is_intact() is not False
         _same_model(model.config, source.config, file, checkpoint)
         for depth in depths:
             model.config.check_depth(depth, measure=True)
@@ -160,7 +162,7 @@ def verify(
     bound = BOUNDS[quant]
     scale = max(1.0, *(float(logits.std()) for logits in expected))
     # NaN fails every comparison, and so the check
-    good = not wrong and all(d.max_abs <= bound.max_abs * scale and d.kl <= bound.kl for d in found)
+    good = intact and not wrong and all(d.max_abs <= bound.max_abs * scale and d.kl <= bound.kl for d in found)
     check = Check(
         CheckStatus.VERIFIED if good else CheckStatus.FAILED,
         tuple(depths),
@@ -171,7 +173,7 @@ def verify(
     if record:
         write_check(file, check)
     where = "random tokens, seed 0" if text is None else "the given text"
-    return Report(check, wrong, quant, bound, exact, sum(map(len, cut)), where)
+    return Report(check, intact, wrong, quant, bound, exact, sum(map(len, cut)), where)
 
 
 def _knows_importance(model: GgufFile, importance: Importance | None) -> bool:

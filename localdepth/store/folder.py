@@ -127,14 +127,19 @@ class Stored:
 
         Raises:
             StorageError: the file cannot be read.
-            ModelFileError: there is no manifest, and the file is no model of ours.
         """
         if self.manifest is None:
-            with read(self.path) as file:
-                intact = file.is_intact()
-            return {None: Verdict.NO_MANIFEST, True: Verdict.SOUND, False: Verdict.DAMAGED}[intact]
+            return self._verify_weights()
         same = self.n_bytes == self.manifest.n_bytes and digest(self.path, progress) == self.manifest.sha256
         return Verdict.SOUND if same else Verdict.DAMAGED
+
+    def _verify_weights(self) -> Verdict:
+        try:
+            with read(self.path) as file:
+                intact = file.is_intact()
+        except ModelFileError:
+            return Verdict.DAMAGED
+        return {None: Verdict.NO_MANIFEST, True: Verdict.SOUND, False: Verdict.DAMAGED}[intact]
 
 
 class Store:
