@@ -47,7 +47,7 @@ def _refine(
 ) -> tuple[F32, int]:
     try:
         while span.r < decision.ceiling:
-            engine.core([span])
+            engine.core([span], 1 if observe else _unwatched(span, decision))
             if observe:
                 observe(span)
             if _due(span, decision) and decision.exit and decision.exit.stop(span.r, _seen(engine, span, decision)):
@@ -58,6 +58,11 @@ def _refine(
         raise
     engine.commit([span])
     return logits, span.r
+
+
+def _unwatched(span: Span, decision: Decision) -> int:
+    """Passes until somebody looks, at least one."""
+    return max(1, (decision.floor if decision.exit else decision.ceiling) - span.r)
 
 
 def _due(span: Span, decision: Decision) -> bool:

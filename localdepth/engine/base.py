@@ -161,8 +161,8 @@ class Engine(Protocol):
         coda runs again. Going on to D equals having started there: bit for bit, where the positions were one span.
         """
 
-    def core(self, spans: Sequence[Span]) -> None:
-        """Apply the core once to each span: s_{r+1} = core(inject(s_r, e)).
+    def core(self, spans: Sequence[Span], n: int = 1) -> None:
+        """Apply the core n times to each span: s_{r+1} = core(inject(s_r, e)).
 
         K/V is written at plane(r, ring); other positions are read at visible(r, depth, ring).
         Raises: DepthError beyond the depth the Kv was opened for; EngineError when the device fails.

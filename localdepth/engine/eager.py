@@ -177,12 +177,13 @@ class EagerEngine(ABC):
         kv.span = EagerSpan(kv, 0, kv.embeds[: kv.n].copy(), kv.states[: kv.n].copy(), kv.depths[0])
         return kv.span
 
-    def core(self, spans: Sequence[Span]) -> None:
+    def core(self, spans: Sequence[Span], n: int = 1) -> None:
         for span in cast(Sequence[EagerSpan], spans):
-            check_pass(span.r, span.kv.max_depth)
+            check_pass(span.r + n - 1, span.kv.max_depth)
         for span in cast(Sequence[EagerSpan], spans):
-            x = self.inject(span.state(), span.embeds(), span.r)
-            span.advance(self._stage("core", x, span.kv, span.start, span.r))
+            for _ in range(n):
+                x = self.inject(span.state(), span.embeds(), span.r)
+                span.advance(self._stage("core", x, span.kv, span.start, span.r))
 
     def coda(self, spans: Sequence[Span], rows: Rows = "last") -> list[F32]:
         return [self._logits(span, rows) for span in cast(Sequence[EagerSpan], spans)]

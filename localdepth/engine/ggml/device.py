@@ -11,7 +11,10 @@ from contextlib import ExitStack
 from enum import StrEnum
 from typing import Protocol
 
-from localdepth.engine.ggml.handles import Graph
+import numpy as np
+
+from localdepth.engine.ggml import lib as ggml
+from localdepth.engine.ggml.handles import Graph, TensorGroup
 from localdepth.engine.ggml.lib import GPU_TYPES, Ggml
 from localdepth.errors import EngineError
 
@@ -163,11 +166,17 @@ class GpuDevice:
 
 
 def open_device(lib: Ggml, name: DeviceName, n_threads: int, stack: ExitStack) -> Device:
-    """The device of this name, closed with ``stack``.
+    """The device of this name, tried out, and closed with ``stack``.
 
     Raises:
-        EngineError: a GPU was asked for and there is none, or it does not start.
+        EngineError: a GPU was asked for and there is none, it does not start, or it computes wrongly.
     """
+    device = _find(lib, name, n_threads, stack)
+    _self_test(device)
+    return device
+
+
+def _find(lib: Ggml, name: DeviceName, n_threads: int, stack: ExitStack) -> Device:
     if name is DeviceName.CPU:
         return CpuDevice(lib, n_threads, stack)
     found = lib.devices()
@@ -186,3 +195,24 @@ def open_device(lib: Ggml, name: DeviceName, n_threads: int, stack: ExitStack) -
 def _check(status: int) -> None:
     if status != _SUCCESS:
         raise EngineError(f"ggml ended a computation with status {status}; the request was dropped")
+
+
+def _self_test(device: Device) -> None:
+    """One small product, compared with numpy: catches a library built for another processor or ABI."""
+    lib = device.lib
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 3, 32), np.float32)
+    with ExitStack() as stack:
+        specs = {"a": (ggml.F32, (32, 3)), "b": (ggml.F32, (32, 3)), "out": (ggml.F32, (3, 3))}
+        tensors = TensorGroup(lib, specs, device.memory)
+        stack.callback(tensors.close)
+        tensors.write("a", a)
+        tensors.write("b", b)
+        graph = Graph(lib, 16)
+        stack.callback(graph.close)
+        product = lib.ggml_mul_mat(graph.context, tensors["a"], tensors["b"])
+        lib.ggml_build_forward_expand(graph.handle, lib.ggml_cpy(graph.context, product, tensors["out"]))
+        device.place(graph)
+        device.compute(graph)
+        if not np.allclose(tensors.read("out", (3, 3)), b @ a.T, atol=1e-4):
+            raise EngineError(f"ggml in {lib.folder} computes a product wrongly; reinstall it: {ggml.INSTALL_LINE}")

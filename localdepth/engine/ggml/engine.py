@@ -8,8 +8,8 @@ about 50 µs.
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import cast
 
@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from localdepth.config import STAGES, Injection
 from localdepth.engine.base import F32, Ids, Kv, Limits, Rows, Span, check_open, check_pass, check_span, n_slots
 from localdepth.engine.ggml import lib as ggml
-from localdepth.engine.ggml.device import Device, DeviceName, open_device
+from localdepth.engine.ggml.device import DeviceName, open_device
 from localdepth.engine.ggml.graph import Chunk, GraphFactory
-from localdepth.engine.ggml.handles import Graph, TensorGroup
-from localdepth.engine.ggml.kv import GgmlKv, new_lane, plane_bytes
+from localdepth.engine.ggml.handles import Graph
+from localdepth.engine.ggml.kv import GgmlKv, plane_bytes
 from localdepth.engine.ggml.parts import HEAD_ROWS, Parts, make_parts
 from localdepth.engine.ggml.plan import Planner, largest_graphs
+from localdepth.engine.ggml.span import GgmlSpan
 from localdepth.engine.ggml.weights import Weights, map_plain, matrices, move, pack
 from localdepth.errors import EngineError
 from localdepth.gguf import GgufFile
@@ -35,44 +36,9 @@ __all__ = ["GgmlEngine"]
 
 log = logging.getLogger(__name__)
 
-_KV_BUCKET = 256  # attention reads a multiple of this many positions, so that graphs can be kept
+_LAYERS_AT_ONCE = 64  # computed by one graph
 _VISIBLE = np.zeros(1, np.float16)  # in a mask
 _SMALL = 1 << 27  # bytes that any machine has; asking costs 20 ms
-
-
-class GgmlSpan:
-    """Open positions of one sequence; e and s stay in ggml tensors."""
-
-    def __init__(self, engine: "GgmlEngine", kv: GgmlKv, start: int, n: int) -> None:
-        self._engine = engine
-        self.kv, self.start, self.n, self.r = kv, start, n, 0
-        self.lane = kv.lane if n == 1 else new_lane(engine.device, engine.config, n)
-        self.chunks = tuple(_chunks(engine.limits, start, n))
-        self.coda_rows: Rows | None = None  # which rows the coda gave at r
-        self.last_logits: F32 | None = None  # at r
-
-    @property
-    def change(self) -> float:
-        if self.r == 0:
-            return float("inf")
-        now, before = self.state(), self._read(f"state{(self.r - 1) % 2}")
-        norms = np.maximum(np.linalg.norm(now, axis=-1), np.finfo(np.float32).tiny)
-        return float(np.mean(np.linalg.norm(now - before, axis=-1) / norms))
-
-    def state(self) -> F32:
-        return self._read(f"state{self.r % 2}")
-
-    def embeds(self) -> F32:
-        return self._read("embeds")
-
-    def end(self) -> None:
-        """Leave the Kv free for the next span."""
-        self.kv.busy = False
-        if self.n > 1:
-            self.lane.close()
-
-    def _read(self, name: str) -> F32:
-        return self.lane.read(name, (self.n, self._engine.config.n_embd))
 
 
 class GgmlEngine:
@@ -107,7 +73,6 @@ class GgmlEngine:
         self._rows: Counter[str] = Counter()  # computed, by kind of graph
         try:
             self.device = open_device(lib, device, limits.n_threads, self._stack)
-            _self_test(self.device)
             self._planner = Planner(lib, file, limits)
             self._packed = self._choose_layouts()
             self._parts = self._load(file, importance)
@@ -151,19 +116,30 @@ class GgmlEngine:
             assert len(set(kv.depths)) == 1, "all positions ran the same depth"
         return self._open_all([partial(self._reopen_span, cast(GgmlKv, kv)) for kv in kvs])
 
-    def core(self, spans: Sequence[Span]) -> None:
+    def core(self, spans: Sequence[Span], n: int = 1) -> None:
         self._check_alive()
         for span in cast(Sequence[GgmlSpan], spans):
-            check_pass(span.r, span.kv.max_depth)
+            check_pass(span.r + n - 1, span.kv.max_depth)
+        at_once = max(1, _LAYERS_AT_ONCE // self.config.n_core)
         for span in cast(Sequence[GgmlSpan], spans):
-            index = plane(span.r, self.limits.ring)
-            # a kept graph serves every pass that reads and writes the same tensors
-            first = span.r == 0 and self.config.injection is Injection.NONE
-            for chunk in span.chunks:
-                build = partial(self._factory.core, chunk, span.lane, span.kv.tensors("core", index), span.r)
-                self._run(span, chunk, ("core", index, span.r % 2, first, chunk.n_kv), build)
-            span.r += 1
-            span.coda_rows, span.last_logits = None, None
+            end = span.r + n
+            while span.r < end:
+                # a graph runs several passes, but under pass-major prefill
+                self._advance(span, min(at_once, end - span.r) if len(span.chunks) == 1 else 1)
+
+    def _advance(self, span: GgmlSpan, n: int) -> None:
+        """Run n passes of the core in one graph per chunk."""
+        first = span.r
+        indices = tuple(plane(r, self.limits.ring) for r in range(first, first + n))
+        planes = [span.kv.tensors("core", index) for index in indices]
+        # a kept graph serves every pass that reads and writes the same tensors
+        starts = first == 0 and self.config.injection is Injection.NONE
+        for chunk in span.chunks:
+            build = partial(self._factory.core, chunk, span.lane, planes, first)
+            self._run(span, chunk, ("core", *indices, first % 2, starts, chunk.n_kv), build)
+            self._rows["core"] += chunk.n * (n - 1)
+        span.r += n
+        span.coda_rows, span.last_logits = None, None
 
     def coda(self, spans: Sequence[Span], rows: Rows = "last") -> list[F32]:
         self._check_alive()
@@ -217,8 +193,8 @@ class GgmlEngine:
         return spans
 
     def _open_span(self, kv: GgmlKv, ids: Ids, state: F32 | None) -> GgmlSpan:
-        span = GgmlSpan(self, kv, kv.n, len(ids))
-        with _opening(span):
+        span = GgmlSpan(kv, self.device, self.config, self.limits, kv.n, len(ids))
+        with span.opening():
             s0 = np.zeros((span.n, self.config.n_embd), np.float32) if state is None else state
             span.lane.write("state0", np.ascontiguousarray(s0, np.float32))
             for chunk in span.chunks:
@@ -229,8 +205,8 @@ class GgmlEngine:
         return span
 
     def _reopen_span(self, kv: GgmlKv) -> GgmlSpan:
-        span = GgmlSpan(self, kv, 0, kv.n)
-        with _opening(span):
+        span = GgmlSpan(kv, self.device, self.config, self.limits, 0, kv.n)
+        with span.opening():
             span.r = kv.depths[0]
             span.lane.write("embeds", kv.embeds[: kv.n])
             span.lane.write(f"state{span.r % 2}", kv.states[: kv.n])
@@ -363,25 +339,6 @@ class GgmlEngine:
         return available_bytes() if on_device is None else on_device
 
 
-def _chunks(limits: Limits, start: int, n: int) -> Iterator[Chunk]:
-    """Runs of at most n_batch rows; each attends to a bucket that depends on its own last position only."""
-    for offset in range(0, n, limits.n_batch):
-        rows = min(limits.n_batch, n - offset)
-        end = start + offset + rows
-        yield Chunk(offset, rows, min(-(-end // _KV_BUCKET) * _KV_BUCKET, limits.n_ctx))
-
-
-@contextmanager
-def _opening(span: GgmlSpan) -> Iterator[None]:
-    """Mark the span's Kv as busy; where opening fails, free it."""
-    span.kv.busy = True
-    try:
-        yield
-    except BaseException:
-        span.end()
-        raise
-
-
 def _mask(positions: NDArray[np.int64], n_kv: int) -> NDArray[np.float16]:
     """0 where a row may look, -inf ahead of it: [n, n_kv]."""
     return np.where(np.arange(n_kv) > positions[:, None], np.float16(-np.inf), np.float16(0))
@@ -399,24 +356,3 @@ def _kind(name: str) -> str:
         return "core" if name.startswith("injection.state") else "prelude"
     stage = name.split(".")[0]
     return stage if stage in STAGES else "head"
-
-
-def _self_test(device: Device) -> None:
-    """One small product, compared with numpy: catches a library built for another processor or ABI."""
-    lib = device.lib
-    rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((2, 3, 32), np.float32)
-    with ExitStack() as stack:
-        specs = {"a": (ggml.F32, (32, 3)), "b": (ggml.F32, (32, 3)), "out": (ggml.F32, (3, 3))}
-        tensors = TensorGroup(lib, specs, device.memory)
-        stack.callback(tensors.close)
-        tensors.write("a", a)
-        tensors.write("b", b)
-        graph = Graph(lib, 16)
-        stack.callback(graph.close)
-        product = lib.ggml_mul_mat(graph.context, tensors["a"], tensors["b"])
-        lib.ggml_build_forward_expand(graph.handle, lib.ggml_cpy(graph.context, product, tensors["out"]))
-        device.place(graph)
-        device.compute(graph)
-        if not np.allclose(tensors.read("out", (3, 3)), b @ a.T, atol=1e-4):
-            raise EngineError(f"ggml in {lib.folder} computes a product wrongly; reinstall it: {ggml.INSTALL_LINE}")

@@ -4,6 +4,7 @@ Shapes in comments are ggml's, fastest dimension first: E n_embd, T rows, H head
 Graphs read and write the tensors they are given; only intermediates live in scratch memory.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,12 +50,15 @@ class GraphFactory:
         nodes.store(nodes.linear(nodes.rows(lane["embeds"]), "injection.embeds"), lane["injected"])
         return nodes.graph
 
-    def core(self, chunk: Chunk, lane: TensorGroup, kv: TensorGroup, r: int) -> Graph:
-        """One pass: state r -> state r + 1; the two take turns in the lane."""
-        nodes = _Nodes(self, self.config.n_core, chunk)
-        x = nodes.inject(lane, r)
-        x = nodes.stage("core", x, kv)
-        nodes.store(x, lane[f"state{(r + 1) % 2}"])
+    def core(self, chunk: Chunk, lane: TensorGroup, planes: Sequence[TensorGroup], r: int) -> Graph:
+        """As many passes as there are planes: state r -> state r + n; even and odd states take turns in the lane."""
+        nodes = _Nodes(self, self.config.n_core * len(planes), chunk)
+        state = nodes.rows(lane[f"state{r % 2}"])
+        for i, kv in enumerate(planes, start=r):
+            if i > r and i == r + len(planes) - 1:  # what the last pass changes is measured
+                nodes.store(state, lane[f"state{i % 2}"])
+            state = nodes.stage("core", nodes.inject(state, lane, i), kv)
+        nodes.store(state, lane[f"state{(r + len(planes)) % 2}"])
         return nodes.graph
 
     def coda(self, chunk: Chunk, lane: TensorGroup, kv: TensorGroup, r: int, n_out: int) -> Graph:
@@ -156,9 +160,8 @@ class _Nodes:
             x = self.lib.ggml_scale(self.context, x, self.config.embed_scale)
         return x
 
-    def inject(self, lane: TensorGroup, r: int) -> Tensor:
+    def inject(self, state: Tensor, lane: TensorGroup, r: int) -> Tensor:
         """What pass r feeds its first core layer: [E, T]."""
-        state = self.rows(lane[f"state{r % 2}"])
         match self.config.injection:
             case Injection.CONCAT_LINEAR:
                 return self.add(self.linear(state, "injection.state"), self.rows(lane["injected"]))

@@ -21,7 +21,7 @@ __all__ = ["GgmlKv", "new_lane", "plane_bytes"]
 
 _TYPES = {KvType.F32: (ggml.F32, np.float32), KvType.F16: (ggml.F16, np.float16)}
 Admit = Callable[[int, "GgmlKv | None"], None]
-_MAX_GRAPHS = 512  # kept decode graphs per sequence, about 40 kB each
+_MAX_NODES = 1 << 16  # of all kept decode graphs of a sequence, 0.4 kB each
 
 
 def plane_bytes(config: ModelConfig, kv_type: KvType, n_ctx: int) -> int:
@@ -65,6 +65,7 @@ class GgmlKv:
         self._planes: dict[str, list[TensorGroup]] = {stage: [] for stage in STAGES}  # by pass in the core, else one
         self._lane: TensorGroup | None = None
         self._graphs: OrderedDict[tuple[object, ...], Graph] = OrderedDict()
+        self._n_nodes = 0  # in them
         self.busy = False  # a span is open
         self.closed = False
 
@@ -106,20 +107,26 @@ class GgmlKv:
         self.depths[first:] = [depth] * n
 
     def graph(self, key: tuple[object, ...], build: Callable[[], Graph]) -> Graph:
-        """A decode graph, built once; the least recently used makes room."""
+        """A decode graph, built once; the least recently used make room."""
         graph = self._graphs.get(key)
         if graph is None:
-            graph = self._graphs[key] = build()
-            if len(self._graphs) > _MAX_GRAPHS:
-                self._graphs.popitem(last=False)[1].close()
+            graph = build()
+            while self._graphs and self._n_nodes + graph.max_nodes > _MAX_NODES:
+                self._drop(next(iter(self._graphs)))
+            self._graphs[key] = graph
+            self._n_nodes += graph.max_nodes
         self._graphs.move_to_end(key)
         return graph
 
+    def _drop(self, key: tuple[object, ...]) -> None:
+        graph = self._graphs.pop(key)
+        self._n_nodes -= graph.max_nodes
+        graph.close()
+
     def forget_graphs(self) -> None:
         """Free the kept graphs; they are built again when needed."""
-        for graph in self._graphs.values():
-            graph.close()
-        self._graphs.clear()
+        for key in list(self._graphs):
+            self._drop(key)
 
     def truncate(self, n: int) -> None:
         assert not self.busy, "a span is open"

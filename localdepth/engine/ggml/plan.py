@@ -102,7 +102,7 @@ def largest_graphs(factory: GraphFactory, device: Device, limits: Limits, stack:
     for chunk in (Chunk(0, n, limits.n_ctx), Chunk(0, 1, limits.n_ctx)):
         kinds += [
             partial(factory.prelude, chunk, lane, kv.tensors("prelude", 0)),
-            partial(factory.core, chunk, lane, kv.tensors("core", 0), 0),
+            partial(factory.core, chunk, lane, [kv.tensors("core", 0)] * 2, 0),
             partial(factory.coda, chunk, lane, kv.tensors("coda", 0), 0, chunk.n),
             partial(factory.coda_and_head, chunk, lane, kv.tensors("coda", 0), 0),
         ]
