@@ -11,6 +11,7 @@ from typing import Any
 from localdepth.engine.ggml.lib import INSTALL_LINE, find_libraries, library
 from localdepth.errors import LocalDepthError, ModelFileError, install_line
 from localdepth.loading import load
+from localdepth.memory import as_size, available_bytes
 from localdepth.threads import idle_cores
 
 __all__ = ["Finding", "Health", "examine"]
@@ -61,10 +62,8 @@ def _python() -> Finding:
 
 
 def _machine() -> Finding:
-    memory = ""
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB memory"
-    seen = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {idle_cores()} for compute{memory}"
+    cores = f"{os.cpu_count()} cores, {idle_cores()} for compute"
+    seen = f"{platform.system()} {platform.machine()}, {cores}, {as_size(available_bytes())} of memory free"
     return Finding("machine", True, seen)
 
 
@@ -74,7 +73,14 @@ def _ggml() -> Finding:
     except LocalDepthError as error:
         return Finding("ggml", False, str(error), INSTALL_LINE)
     features = [name for name in ("avx2", "avx512", "neon") if getattr(lib, f"ggml_cpu_has_{name}")()]
-    return Finding("ggml", True, f"{lib.version} in {find_libraries()} ({', '.join(features) or 'no vector features'})")
+    devices = [lib.ggml_backend_dev_name(device).decode(errors="replace") for device in lib.devices()]
+    layouts = ", ".join(lib.extra_buffer_types()) or "none"
+    return Finding(
+        "ggml",
+        True,
+        f"{lib.version} in {find_libraries()} ({', '.join(features) or 'no vector features'}); devices "
+        f"{', '.join(devices)}; packed layouts {layouts}",
+    )
 
 
 def _extra(name: str, modules: tuple[str, ...]) -> Finding:
