@@ -1,6 +1,7 @@
 """From a file, or the name of one, to a loaded model: which file, which engine, which limits."""
 
 import os
+from collections.abc import Sequence
 from enum import StrEnum
 from importlib.resources import files
 from numbers import Integral
@@ -20,10 +21,10 @@ from localdepth.memory import MemoryPlan
 from localdepth.model import Model
 from localdepth.policy.base import DepthPolicy
 from localdepth.prompt import PromptReader
-from localdepth.store.folder import find
+from localdepth.store.folder import DEFAULT_NAME, find
 from localdepth.threads import choose_threads
 
-__all__ = ["DEFAULT_MODEL", "EngineName", "inspect", "load", "locate", "plan"]
+__all__ = ["DEFAULT_MODEL", "EngineName", "inspect", "load", "locate", "plan", "plan_file"]
 
 DEFAULT_MODEL = "default.gguf"  # inside localdepth/models
 _E = TypeVar("_E", bound=StrEnum)
@@ -111,9 +112,18 @@ def plan(
         DepthError: outside the measuring range.
     """
     with read(locate(model)) as file:
-        wanted = file.config.default_depth if depth is None else file.config.check_depth(depth, measure=True)
-        limits = _limits(file, n_ctx, None, ring, None, kv_type, low_memory, None)
-        return Planner(library(), file, limits).plan(wanted)
+        wanted = file.config.default_depth if depth is None else depth
+        return plan_file(file, [wanted], n_ctx=n_ctx, ring=ring, kv_type=kv_type, low_memory=low_memory)[0]
+
+
+def plan_file(
+    file: GgufFile, depths: Sequence[int], *, n_ctx: int | None, ring: int | None, kv_type: str, low_memory: bool
+) -> list[MemoryPlan]:
+    """The same for an open file, at several depths."""
+    for depth in depths:
+        file.config.check_depth(depth, measure=True)
+    planner = Planner(library(), file, _limits(file, n_ctx, None, ring, None, kv_type, low_memory, None))
+    return [planner.plan(depth) for depth in depths]
 
 
 def _limits(
@@ -155,7 +165,7 @@ def locate(model: str | os.PathLike[str] | None) -> Path:
     Raises:
         ModelFileError: a directory, or nothing that names a file.
     """
-    if model is None:
+    if model is None or (str(model) == DEFAULT_NAME and not os.path.exists(model)):
         return Path(str(files("localdepth") / "models" / DEFAULT_MODEL))
     try:
         path = Path(model)

@@ -73,6 +73,7 @@ class Model:
         with self._lock:
             if not self._closed:
                 self._closed = True
+                self._prefixes.clear()
                 self._engine.close()
 
     def generate(
@@ -242,7 +243,7 @@ class Model:
     def _forward(
         self, tokens: Sequence[int], depth: int, state: F32 | None, observe: Callable[[Span], None] | None
     ) -> F32:
-        kv = self._engine.open(depth)
+        kv = self._prefixes.open(depth)
         try:
             return forward(self._engine, kv, _ids(tokens), _measurement(depth), "all", _state(state), observe)[0]
         finally:
@@ -250,7 +251,7 @@ class Model:
 
     def _pooled(self, ids: tuple[int, ...]) -> F32:
         with self._lock:
-            kv = self._engine.open(1)
+            kv = self._prefixes.open(1)
             try:
                 [span] = self._engine.prelude([(kv, np.array(ids, np.int32))], [None])
                 pooled: F32 = span.embeds().mean(axis=0)

@@ -4,9 +4,9 @@ Keys and values of the prelude and of passes below d are the same whatever the f
 the same depth or a deeper one; the coda's are not, so a shallower request starts over. Three cases reuse positions:
 
 * the same prompt again: all of it, deeper or not, bit for bit as if it had started there;
-* a longer prompt that begins with everything kept, as the next turn of a conversation does: all of it, equal up to
-  the rounding of products with another number of rows;
-* a prompt that shares its beginning: whole chunks of prefill, bit for bit.
+* a longer prompt that begins with the one before, as the next turn of a conversation does: all that they share, equal
+  up to the rounding of products with another number of rows;
+* a prompt that shares less: whole chunks of prefill, bit for bit.
 
 Under a ring older passes are overwritten, so only the first case applies.
 """
@@ -18,6 +18,7 @@ from itertools import takewhile
 import numpy as np
 
 from localdepth.engine.base import F32, Engine, Kv, Span, initial_state
+from localdepth.errors import OutOfMemory
 from localdepth.loop import forward, resume
 from localdepth.policy.base import Decision
 
@@ -34,12 +35,14 @@ class Prefix:
         kv: their keys and values.
         ids: tokens of its committed positions.
         n_prompt: leading positions that a prefill from the start would have computed in the same chunks.
+        n_asked: length of the prompt that was read last.
         state_seed: what their initial states were drawn from.
     """
 
     kv: Kv
     ids: list[int] = field(default_factory=list)
     n_prompt: int = 0
+    n_asked: int = 0
     state_seed: int | None = None
 
     @property
@@ -65,6 +68,7 @@ class Prefix:
             logits, depth = self._forward(engine, ids[n:], decision, None, observe)
         if not goes_on:
             self.n_prompt = len(ids)
+        self.n_asked = len(ids)
         return logits[0], depth
 
     def extend(
@@ -96,12 +100,25 @@ class PrefixCache:
         self._engine = engine
         self._kept: Prefix | None = None
 
+    def open(self, max_depth: int) -> Kv:
+        """An empty cache; what is kept makes room for it where there is none.
+
+        Raises: as ``Engine.open``.
+        """
+        try:
+            return self._engine.open(max_depth)
+        except OutOfMemory:
+            if self._kept is None:
+                raise
+        self.clear()
+        return self._engine.open(max_depth)
+
     def fresh(self, state_seed: int | None, decision: Decision) -> Prefix:
         """An empty prefix.
 
-        Raises: DepthError beyond what the engine was loaded for.
+        Raises: as ``Engine.open``.
         """
-        return Prefix(self._engine.open(decision.ceiling), state_seed=state_seed)
+        return Prefix(self.open(decision.ceiling), state_seed=state_seed)
 
     def take(self, ids: tuple[int, ...], state_seed: int | None, decision: Decision) -> Prefix:
         """A prefix of ``ids`` to go on from, as long as the kept sequence allows; empty otherwise.
@@ -142,11 +159,11 @@ class PrefixCache:
         pairs = zip(kept.ids, ids, kept.kv.depths, strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1] and pair[2] == kept.depth, pairs))
         own = self._engine.limits.ring is None
-        if same == len(ids) and (own or same == kept.n_prompt):
+        if same == len(ids) and (same == kept.n_prompt or (own and same == kept.n_asked)):
             return same
         if not own or not fixed:  # the positions of a prompt share one depth, and only the exit knows it
             return 0
-        if same == len(kept.ids) < len(ids):
+        if kept.n_asked <= same < len(ids):
             return same
         n_batch = self._engine.limits.n_batch
         return min(same, kept.n_prompt, len(ids) - 1) // n_batch * n_batch

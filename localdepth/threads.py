@@ -6,6 +6,7 @@ from pathlib import Path
 
 __all__ = ["choose_threads", "idle_cores"]
 
+_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 _CPUS = Path("/sys/devices/system/cpu")
 # Of core weights. Measured: two threads break even with one at a core of about 1 MB (0.84 x at 0.4, 1.06 x at 1,
 # 1.4 x at 1.7 MB); with less to do they wait for each other longer than they work.
@@ -17,7 +18,7 @@ def idle_cores() -> int:
 
     Efficiency cores of Apple silicon do not count: every barrier would wait for them.
     """
-    cores = _physical_cores()
+    cores = min(_physical_cores(), _quota())
     if platform.system() == "Darwin":
         cores = _performance_cores() or cores
     return max(1, cores - 1)
@@ -39,6 +40,15 @@ def _physical_cores() -> int:
         return len({(_CPUS / f"cpu{i}" / "topology" / "thread_siblings_list").read_text() for i in logical})
     except OSError:
         return len(logical)
+
+
+def _quota() -> int:
+    """Cores that a container's limit amounts to; many where there is none."""
+    try:
+        quota, period = _CPU_LIMIT.read_text().split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):
+        return 1 << 16
 
 
 def _performance_cores() -> int:

@@ -294,3 +294,27 @@ def test_initial_states_depend_on_seed_and_position_alone() -> None:
     draws = initial_state(config, 0, 400, 1)
     assert draws is not None
     assert draws.std() == pytest.approx(config.state_std, rel=0.02)
+
+
+@BOTH
+@pytest.mark.parametrize("n", [1, 7])
+@pytest.mark.parametrize("ring", [None, 2])
+@pytest.mark.parametrize("family", ["huginn", "retrofit_llama"])
+def test_passes_at_once_equal_passes_one_by_one(
+    kind: str, n: int, ring: int | None, family: str, tmp_path: Path
+) -> None:
+    engine = engine_of(kind, tmp_path, family, ring=ring)
+    ids = np.array(IDS[:n], np.int32)
+    kvs = [engine.open(6) for _ in range(2)]
+    [at_once], [one_by_one] = (engine.prelude([(kv, ids)], [None]) for kv in kvs)
+    engine.core([at_once], 5)
+    for _ in range(5):
+        engine.core([one_by_one])
+    assert at_once.r == one_by_one.r == 5
+    np.testing.assert_allclose(at_once.state(), one_by_one.state(), atol=ATOL, rtol=0)
+    assert at_once.change == pytest.approx(one_by_one.change, rel=1e-3)
+    np.testing.assert_allclose(engine.coda([at_once])[0], engine.coda([one_by_one])[0], atol=ATOL, rtol=0)
+    with pytest.raises(DepthError, match="pass 7 is beyond depth 6"):
+        engine.core([at_once], 2)
+    engine.drop([at_once, one_by_one])
+    engine.close()

@@ -106,8 +106,11 @@ def test_a_model_that_cannot_fit_is_refused_with_what_would(file: Path) -> None:
     with pytest.raises(OutOfMemory) as refused:
         load(file, memory_limit=lean.total - 1)
     message = str(refused.value)
-    for part in (as_size(lean.total), "depth 6 x 1536 positions", "ring=4 (--ring 4)", "n_ctx=768 (--n-ctx 768)"):
+    remedies = ("ring=4 (--ring 4)", "n_ctx=768 (--n-ctx 768)", "kv_depth=5 (--kv-depth 5)")
+    for part in (as_size(lean.total), "depth 6 x 1536 positions", *remedies):
         assert part in message
+    with load(file, memory_limit=lean.total - 1, kv_depth=5) as model:
+        assert model.generate([1, 2], depth=5, max_tokens=1).depth == 5
     shared = plan(file, low_memory=True, ring=4)
     with load(file, memory_limit=lean.total - 1, ring=4) as model:
         assert model.memory() == shared
@@ -136,6 +139,15 @@ def test_going_deeper_from_a_kept_prefix_is_refused_too(tight: tuple[Path, int])
         with pytest.raises(OutOfMemory):
             model.generate([1, 2, 3], depth=9, max_tokens=1)
         assert model.generate([1, 2, 3], depth=8, max_tokens=1).depth == 8
+
+
+def test_what_is_kept_makes_room(tight: tuple[Path, int]) -> None:
+    path, limit = tight
+    with load(path, memory_limit=limit) as model:
+        model.generate([1, 2, 3], depth=8, max_tokens=1)
+        assert model.logits([4, 5], depth=8).shape == (2, CONFIG.n_vocab)
+        model.generate([1, 2, 3], depth=8, max_tokens=1)
+        assert model.generate([1, 2, 3], depth=8, warm_start=True, max_tokens=1).depth == 8
 
 
 def test_a_second_sequence_at_the_same_time_needs_its_own_room(tight: tuple[Path, int]) -> None:

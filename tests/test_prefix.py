@@ -9,17 +9,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localdepth.engine.base import Engine
+from localdepth.engine.base import Engine, Limits
+from localdepth.engine.ggml.engine import GgmlEngine
 from localdepth.engine.toy import random_weights
+from localdepth.errors import EngineError
 from localdepth.generate import Generation
+from localdepth.gguf import read
 from localdepth.model import Model
 from localdepth.policy.base import Decision, Query, Seen
 from localdepth.prefix import PrefixCache
 from localdepth.prompt import PromptReader
+from localdepth.quant import Quant
 from tests import engines
 from tests.published import EXPECTED
 
 ROUNDING = 1e-4  # of logprobs, where products had another number of rows
+QUANTISED = 5e-2  # the same with rounded activations, amplified by random weights
 PROMPT = list(range(40, 61))
 FAMILIES = ("huginn", "retrofit_llama", "retrofit_olmo2")
 
@@ -103,6 +108,55 @@ def test_a_shared_beginning_is_reused_in_whole_chunks(model: Model, fresh: Model
     assert answer.stats.n_cached == 16
     close(answer, expected)
     assert kind == "toy" or bits(answer) == bits(expected)  # the toy engine knows no chunks
+
+
+@pytest.mark.parametrize("quant", [Quant.Q8_0, Quant.Q4_K, Quant.F16, Quant.F32])
+def test_what_is_said_to_be_bit_for_bit_is_so_in_every_quant(tmp_path: Path, quant: Quant) -> None:
+    """The same prompt, deeper; one that shares two chunks; beginnings, which share whole chunks or none."""
+    config = replace(EXPECTED["retrofit_llama"], n_ctx=64, n_embd=256, n_head=4, n_head_kv=2, head_dim=64, n_ff=256)
+    path = engines.write_model(tmp_path / "m.gguf", config, random_weights(config, seed=5), quant)
+    asked = [(PROMPT, 3), (PROMPT, 5), ([*PROMPT[:17], 4], 6), (PROMPT[:9], 6), (PROMPT[:3], 6), (PROMPT[:1], 6)]
+    with read(path) as file:
+        kept, engine = (GgmlEngine(file, Limits(n_ctx=64, kv_depth=8, n_batch=8)) for _ in range(2))
+    with Model(kept, PromptReader(None, config.n_vocab)) as model:
+        for ids, depth in asked:
+            with Model(engine, PromptReader(None, config.n_vocab)) as fresh:
+                expected = bits(fresh.generate(ids, depth=depth, max_tokens=4))
+            assert bits(model.generate(ids, depth=depth, max_tokens=4)) == expected
+            with read(path) as file:
+                engine = GgmlEngine(file, Limits(n_ctx=64, kv_depth=8, n_batch=8))
+
+
+@pytest.mark.parametrize("quant", [Quant.Q8_0, Quant.Q4_K])
+def test_the_next_turn_of_a_quantised_model_differs_by_rounding(tmp_path: Path, quant: Quant) -> None:
+    config = replace(EXPECTED["retrofit_llama"], n_ctx=64, n_embd=256, n_head=4, n_head_kv=2, head_dim=64, n_ff=256)
+    path = engines.write_model(tmp_path / "m.gguf", config, random_weights(config, seed=5), quant)
+    with read(path) as file:
+        both = [Model(GgmlEngine(file, Limits(n_ctx=64, kv_depth=8)), PromptReader(None, config.n_vocab)) for _ in "ab"]
+    first = both[0].generate(PROMPT, depth=4, max_tokens=4)
+    turn = [*PROMPT, *(token.id for token in first.tokens), 7, 8, 9]
+    kept, fresh = (m.generate(turn, depth=4, max_tokens=1, top_logprobs=5) for m in both)
+    assert kept.stats.n_cached == len(PROMPT) + 3
+    expected = dict(fresh.tokens[0].top)
+    assert all(abs(logprob - expected.get(i, logprob)) < QUANTISED for i, logprob in kept.tokens[0].top)
+    for m in both:
+        m.close()
+
+
+def test_a_turn_whose_answer_is_spelt_otherwise_reuses_the_question(model: Model, fresh: Model) -> None:
+    model.generate(PROMPT, depth=4, max_tokens=4)
+    turn = [*PROMPT, 1, 2, 3]
+    answer = model.generate(turn, depth=4, max_tokens=4)
+    assert answer.stats.n_cached >= len(PROMPT)
+    close(answer, fresh.generate(turn, depth=4, max_tokens=4))
+
+
+def test_a_stream_begun_after_its_model_is_closed_says_so(model: Model) -> None:
+    model.generate(PROMPT, depth=2, max_tokens=2)
+    stream = model.stream(PROMPT, depth=2)
+    model.close()
+    with pytest.raises(EngineError, match="closed"):
+        next(stream)
 
 
 def test_under_a_ring_only_the_same_prompt_is_reused(kind: str, tmp_path: Path) -> None:

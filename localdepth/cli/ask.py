@@ -12,6 +12,7 @@ from localdepth.cli.options import (
     DeviceOption,
     EngineOption,
     JsonOption,
+    KvDepthOption,
     KvTypeOption,
     LowMemoryOption,
     MaxTokensOption,
@@ -64,6 +65,7 @@ def ask(
     n_ctx: NCtxOption = None,
     n_threads: ThreadsOption = None,
     ring: RingOption = None,
+    kv_depth: KvDepthOption = None,
     kv_type: KvTypeOption = "f16",
     low_memory: LowMemoryOption = False,
     as_json: JsonOption = False,
@@ -81,6 +83,7 @@ def ask(
             n_ctx=n_ctx,
             n_threads=n_threads,
             ring=ring,
+            kv_depth=kv_depth,
             kv_type=kv_type,
             low_memory=low_memory,
         )

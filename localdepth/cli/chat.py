@@ -10,6 +10,7 @@ from localdepth.cli.options import (
     DepthOption,
     DeviceOption,
     EngineOption,
+    KvDepthOption,
     KvTypeOption,
     LowMemoryOption,
     MaxTokensOption,
@@ -59,6 +60,7 @@ def chat(
     n_ctx: NCtxOption = None,
     n_threads: ThreadsOption = None,
     ring: RingOption = None,
+    kv_depth: KvDepthOption = None,
     kv_type: KvTypeOption = "f16",
     low_memory: LowMemoryOption = False,
 ) -> int:
@@ -86,6 +88,7 @@ def chat(
             n_ctx=n_ctx,
             n_threads=n_threads,
             ring=ring,
+            kv_depth=kv_depth,
             kv_type=kv_type,
             low_memory=low_memory,
         )

@@ -19,8 +19,9 @@ from localdepth.cli.options import (
     parse_ints,
     read_text,
 )
+from localdepth.errors import MissingExtra
 from localdepth.gguf import read
-from localdepth.loading import locate, plan
+from localdepth.loading import locate, plan_file
 from localdepth.memory import MemoryPlan, as_size
 
 __all__ = ["export_app", "export_gguf", "inspect", "verify"]
@@ -45,11 +46,16 @@ def inspect(
     """Show what a model file holds and what it would take of the memory, without loading its weights."""
     with read(locate(file)) as opened:
         record, config = opened.summary(), opened.config
+        depths = {1, config.default_depth, *(d for d in _SHOWN_DEPTHS if d <= config.max_depth), config.max_depth}
+        try:
+            plans = plan_file(opened, sorted(depths), n_ctx=n_ctx, ring=ring, kv_type=kv_type, low_memory=low_memory)
+        except MissingExtra as missing:
+            plans = []
+            console.notes.print(f"memory is not known: {missing}")
         if check:
-            record["intact"] = opened.is_intact()
+            with console.waiting("comparing checksums"):
+                record["intact"] = opened.is_intact()
     code = CHECK_FAILED if record.get("intact") is False else 0
-    depths = sorted({1, config.default_depth, *(d for d in _SHOWN_DEPTHS if d <= config.max_depth), config.max_depth})
-    plans = [plan(file, depth=d, n_ctx=n_ctx, ring=ring, kv_type=kv_type, low_memory=low_memory) for d in depths]
     if as_json:
         console.emit({**record, "memory": [planned.to_dict() for planned in plans]})
         return code
@@ -57,8 +63,9 @@ def inspect(
     console.show_facts({key: str(value) for key, value in config.to_dict().items()})
     console.say.print()
     console.show_facts({key: brief(value) for key, value in record.items()})
-    console.say.print()
-    _show_memory(plans)
+    if plans:
+        console.say.print()
+        _show_memory(plans)
     return code
 
 

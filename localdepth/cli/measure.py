@@ -13,6 +13,7 @@ from localdepth.cli.options import (
     DeviceOption,
     EngineOption,
     JsonOption,
+    KvDepthOption,
     KvTypeOption,
     LowMemoryOption,
     ModelOption,
@@ -88,6 +89,7 @@ def bench(
     device: DeviceOption = "auto",
     n_ctx: NCtxOption = None,
     ring: RingOption = None,
+    kv_depth: KvDepthOption = None,
     kv_type: KvTypeOption = "f16",
     low_memory: LowMemoryOption = False,
     as_json: JsonOption = False,
@@ -103,6 +105,7 @@ def bench(
             n_ctx=n_ctx,
             n_threads=n_threads,
             ring=ring,
+            kv_depth=kv_depth,
             kv_type=kv_type,
             low_memory=low_memory,
         )

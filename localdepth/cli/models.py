@@ -19,7 +19,7 @@ from localdepth.errors import LocalDepthError, RequestError
 from localdepth.gguf import read
 from localdepth.loading import DEFAULT_MODEL
 from localdepth.memory import as_size
-from localdepth.store.folder import Progress, Store, Stored, Verdict
+from localdepth.store.folder import DEFAULT_NAME, Progress, Store, Stored, Verdict
 from localdepth.store.hub import Hub
 from localdepth.store.plan import Converter, Plan, plan
 from localdepth.store.pull import importable, pull, quant_of
@@ -100,7 +100,7 @@ def pull_model(
 @command
 def show_model(name: NameArgument, as_json: JsonOption = False) -> None:
     """Show what a model holds and where it came from."""
-    stored = Store().get(name)
+    stored = _default_model() if name == DEFAULT_NAME else Store().get(name)
     with read(stored.path) as opened:
         record = opened.summary()
     manifest = asdict(stored.manifest) if stored.manifest else None

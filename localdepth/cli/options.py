@@ -14,6 +14,7 @@ __all__ = [
     "EngineOption",
     "ImportanceOption",
     "JsonOption",
+    "KvDepthOption",
     "KvTypeOption",
     "LowMemoryOption",
     "MaxTokensOption",
@@ -50,6 +51,7 @@ DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or gpu.")
 NCtxOption = Annotated[int | None, typer.Option("--n-ctx", help="Context size.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Compute threads.")]
 RingOption = Annotated[int | None, typer.Option("--ring", help="Share K/V between passes in a ring of this many.")]
+KvDepthOption = Annotated[int | None, typer.Option("--kv-depth", help="Deepest pass to make room for.")]
 KvTypeOption = Annotated[str, typer.Option("--kv-type", help="f16 or f32.")]
 LowMemoryOption = Annotated[bool, typer.Option("--low-memory", help="No copies of weights in faster layouts.")]
 

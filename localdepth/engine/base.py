@@ -96,7 +96,10 @@ class Kv(Protocol):
         """Forget all positions from ``n`` on."""
 
     def allow(self, max_depth: int) -> None:
-        """Let positions run up to ``max_depth`` passes from now on; never fewer than before."""
+        """Let positions run up to ``max_depth`` passes from now on; never fewer than before.
+
+        Raises: as ``Engine.open``.
+        """
 
     def fork(self, n: int) -> "Kv":
         """A new cache that starts with a copy of the first ``n`` positions."""

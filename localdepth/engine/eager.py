@@ -52,6 +52,7 @@ class EagerKv:
         del self.depths[n:]
 
     def allow(self, max_depth: int) -> None:
+        check_open(self._engine.limits, max_depth)
         self.max_depth = max(self.max_depth, max_depth)
 
     def commit(self, span: "EagerSpan") -> None:

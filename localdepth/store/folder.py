@@ -26,6 +26,7 @@ from localdepth.errors import ModelFileError, RequestError, StorageError
 from localdepth.gguf import read
 
 __all__ = [
+    "DEFAULT_NAME",
     "HOME",
     "Manifest",
     "Progress",
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 HOME = "LOCALDEPTH_HOME"  # environment variable: the folder that holds "models", in place of the platform's own
-_DEFAULT_NAME = "default"  # what the model that comes with the package is called
+DEFAULT_NAME = "default"  # what the model that comes with the package is called
 _SUFFIX, _MANIFEST = ".gguf", ".json"
 _PULLS, _LOCKS = ".pull", ".locks"
 _LONGEST_NAME = 100
@@ -274,7 +275,7 @@ def model_name(text: str) -> str:
         RequestError: nothing is left, or the name is that of the default model.
     """
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:_LONGEST_NAME].strip("-.")
-    if name in ("", _DEFAULT_NAME):
+    if name in ("", DEFAULT_NAME):
         raise RequestError(f"{text!r:.120} cannot be the name of a stored model; choose another")
     return name
 

@@ -45,12 +45,6 @@ class Device(Protocol):
     is_host: bool
     memory: int | None
 
-    def measure(self, graphs: Iterable[Graph]) -> int:
-        """Bytes of scratch memory that the largest of these graphs needs, without allocating any."""
-
-    def reserve(self, graph: Graph) -> None:
-        """Make room for a graph like this one; call it for every kind before the first ``place``."""
-
     def place(self, graph: Graph) -> bool:
         """Give the graph's intermediate tensors their addresses.
 
@@ -61,7 +55,7 @@ class Device(Protocol):
         """Run a placed graph to its end."""
 
     def free_bytes(self) -> int | None:
-        """Memory left on a device of its own; None where that is the machine's."""
+        """Memory left on a device of its own; None where that is the machine's, or nobody knows."""
 
 
 class CpuDevice:
@@ -80,6 +74,7 @@ class CpuDevice:
         self._scratch = self._allocator(stack)
 
     def measure(self, graphs: Iterable[Graph]) -> int:
+        """Bytes of scratch memory that the largest of these graphs needs, without allocating any."""
         lib, largest, work = self.lib, 0, 0
         with ExitStack() as stack:
             allocator = self._allocator(stack)
@@ -91,6 +86,7 @@ class CpuDevice:
         return largest + work
 
     def reserve(self, graph: Graph) -> None:
+        """Make room for a graph like this one; call it for every kind before the first ``place``."""
         if not self.lib.ggml_gallocr_reserve(self._scratch, graph.handle):
             raise EngineError("not enough memory for the engine's scratch buffer; use a smaller n_ctx")
 
@@ -132,20 +128,6 @@ class GpuDevice:
         self._backends = (ctypes.c_void_p * 2)(handle, self._cpu.handle)  # in order of preference
         self.memory = lib.ggml_backend_get_default_buffer_type(handle)
 
-    def measure(self, graphs: Iterable[Graph]) -> int:
-        largest = 0
-        for graph in graphs:
-            schedule, sizes = self._schedule(graph), (ctypes.c_size_t * 2)()
-            try:
-                self.lib.ggml_backend_sched_reserve_size(schedule, graph.handle, sizes)
-            finally:
-                self.lib.ggml_backend_sched_free(schedule)
-            largest = max(largest, sum(sizes))
-        return largest
-
-    def reserve(self, graph: Graph) -> None:
-        """Nothing: each graph brings its own buffer."""
-
     def place(self, graph: Graph) -> bool:
         graph.keep(self._schedule(graph), self.lib.ggml_backend_sched_free)
         if not self.lib.ggml_backend_sched_alloc_graph(graph.schedule, graph.handle):
@@ -158,7 +140,7 @@ class GpuDevice:
     def free_bytes(self) -> int | None:
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self.lib.ggml_backend_dev_memory(self._device, ctypes.byref(free), ctypes.byref(total))
-        return free.value
+        return free.value if total.value else None  # some devices do not say
 
     def _schedule(self, graph: Graph) -> int:
         schedule: int = self.lib.ggml_backend_sched_new(self._backends, None, 2, graph.max_nodes, False, False)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from localdepth.config import STAGES, Injection, ModelConfig
-from localdepth.engine.base import KvType, Limits
+from localdepth.engine.base import KvType, Limits, check_open
 from localdepth.engine.ggml import lib as ggml
 from localdepth.engine.ggml.device import Device
 from localdepth.engine.ggml.handles import Graph, TensorGroup, lazy_zeros
@@ -91,6 +91,7 @@ class GgmlKv:
         return made[index]
 
     def allow(self, max_depth: int) -> None:
+        check_open(self._limits, max_depth)
         if max_depth > self.max_depth:
             self._admit(max_depth, self)
             self.max_depth = max_depth
@@ -156,4 +157,5 @@ class GgmlKv:
         if self._lane is not None:
             self._lane.close()
         self._lane = None
+        self.embeds = self.states = np.empty((0, self._config.n_embd), np.float32)
         self.depths.clear()

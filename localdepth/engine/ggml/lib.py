@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import platform
+import threading
 from ctypes import CFUNCTYPE, POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint8, c_void_p
 from functools import cache
 from pathlib import Path
@@ -28,14 +29,18 @@ GPU_TYPES = (1, 2)  # enum ggml_backend_dev_type: with memory of its own, or int
 
 _TESTED = "0.25."  # ggml_version() of llama-cpp-python 0.3.36
 _TENSOR_BYTES = 336 + 32  # sizeof(struct ggml_tensor) + its bookkeeping; another size is another ABI
-# The versioned names are the ones the libraries themselves ask for: opening any other maps a second copy.
-# The last one is the registry of devices.
+# The versioned names are the ones the libraries themselves ask for: opening any other maps a second copy. The plain
+# ones are for builds without versions. The last of each is the registry of devices.
 _FILES = {
-    "Linux": ("libggml-base.so.0", "libggml-cpu.so.0", "libggml.so.0"),
-    "Darwin": ("libggml-base.dylib", "libggml-cpu.dylib", "libggml.dylib"),
-    "Windows": ("ggml-base.dll", "ggml-cpu.dll", "ggml.dll"),
+    system: tuple(tuple(pattern.format(name) for name in ("ggml-base", "ggml-cpu", "ggml")) for pattern in patterns)
+    for system, patterns in {
+        "Linux": ("lib{}.so.0", "lib{}.so"),
+        "Darwin": ("lib{}.0.dylib", "lib{}.dylib"),
+        "Windows": ("{}.dll", "{}.dll"),
+    }.items()
 }
 
+_first = threading.Lock()
 _EXTRA = b"ggml_backend_dev_get_extra_bufts"
 _LogCallback = CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 
@@ -138,7 +143,7 @@ class Ggml:
 
     def __init__(self, folder: Path) -> None:
         os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # an abort would otherwise start a debugger
-        handles = [_open(folder / name) for name in _names()]
+        handles = [_open(folder / name) for name in _names(folder)]
         for name, (result, arguments) in _FUNCTIONS.items():
             function = next((f for handle in handles if (f := getattr(handle, name, None))), None)
             if function is None:
@@ -190,10 +195,9 @@ def find_libraries() -> Path | None:
     if spec is None or spec.origin is None:
         return None
     folder = Path(spec.origin).parent / "lib"
-    return folder if all((folder / name).is_file() for name in _names()) else None
+    return folder if all((folder / name).is_file() for name in _names(folder)) else None
 
 
-@cache
 def library() -> Ggml:
     """The libraries, opened and checked once per process.
 
@@ -201,6 +205,12 @@ def library() -> Ggml:
         MissingExtra: llama-cpp-python is not installed.
         EngineError: it is, in a version we cannot use.
     """
+    with _first:  # threads that load at the same time
+        return _opened()
+
+
+@cache
+def _opened() -> Ggml:
     folder = find_libraries()
     if folder is None:
         raise MissingExtra(
@@ -210,11 +220,12 @@ def library() -> Ggml:
     return Ggml(folder)
 
 
-def _names() -> tuple[str, ...]:
+def _names(folder: Path) -> tuple[str, ...]:
     system = platform.system()
     if system not in _FILES:
         raise EngineError(f"no ggml library names are known for {system}; use Linux, macOS or Windows")
-    return _FILES[system]
+    versioned, plain = _FILES[system]
+    return versioned if (folder / versioned[0]).is_file() else plain
 
 
 def _open(path: Path) -> ctypes.CDLL:

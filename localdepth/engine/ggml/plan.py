@@ -73,15 +73,20 @@ class Planner:
             scratch=self._scratch,
         )
 
-    def smaller(self, depth: int, packed: bool) -> Iterator[Iterator[tuple[str, MemoryPlan]]]:
-        """Ways to need less than ``plan(depth)``, each with its settings, gentlest first."""
+    def smaller(self, depth: int, packed: bool, loading: bool) -> Iterator[Iterator[tuple[str, MemoryPlan]]]:
+        """Ways to need less than ``plan(depth)``, each with its settings, gentlest first.
+
+        Args:
+            loading: name settings of ``load``, not of a request.
+        """
         if packed and self.packs:
             yield iter([("low_memory=True (--low-memory)", self.plan(depth, packed=False))])
         if self._limits.ring is None and depth > _RING:
             shared = replace(self._limits, ring=_RING)
             yield iter([(f"ring={_RING} (--ring {_RING})", self.plan(depth, shared, packed=False))])
         yield self._shorter(depth)
-        yield ((f"depth={less}", self.plan(less, packed=packed)) for less in range(depth - 1, 0, -1))
+        word = "kv_depth={0} (--kv-depth {0})" if loading else "depth={0}"
+        yield ((word.format(less), self.plan(less, packed=packed)) for less in range(depth - 1, 0, -1))
 
     def _shorter(self, depth: int) -> Iterator[tuple[str, MemoryPlan]]:
         n_ctx = self._limits.n_ctx // 2
