@@ -32,6 +32,17 @@ def say(conversation: Conversation, model: Model, question: str, depth: int = 2)
     return reply.exchange
 
 
+def test_the_next_turn_does_not_read_the_last_question_again(model: Model) -> None:
+    conversation = Conversation()
+    say(conversation, model, "the cat")
+    with conversation.ask(model, "the rat", depth=2, sampling=NO_END, max_tokens=4) as reply:
+        list(reply)
+    assert reply.stats.n_cached >= len(model.tokenize("the cat"))
+    with conversation.again(model, depth=4, sampling=NO_END, max_tokens=4) as reply:
+        list(reply)
+    assert reply.stats.n_cached == reply.stats.n_prompt
+
+
 def test_an_answer_is_that_of_the_messages_before_it(model: Model) -> None:
     conversation = Conversation("on the mat")
     first, second = say(conversation, model, "the cat"), say(conversation, model, "the rat")

@@ -12,18 +12,20 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from localdepth.config import ModelConfig
 from localdepth.engine.base import F32
 from localdepth.engine.ggml.engine import GgmlEngine
-from localdepth.errors import ConfigError, ModelFileError, StorageError
+from localdepth.errors import ConfigError, ModelFileError
 from localdepth.gguf import read
 from localdepth.model import Model
 from localdepth.prompt import PromptReader
+from localdepth_export.output import replacing
 from localdepth_export.sample import Sample, limits_for, windows
 
 __all__ = ["Importance", "collect"]
@@ -57,10 +59,8 @@ class Importance:
         Raises:
             StorageError: the file cannot be written.
         """
-        try:
-            save_file(dict(self.columns), path, {"format": _FORMAT, "origin": self.origin})
-        except (OSError, SafetensorError) as error:
-            raise StorageError(f"cannot write {path}: {error}") from error
+        with replacing(Path(path)) as output:
+            output.append(save(dict(self.columns), {"format": _FORMAT, "origin": self.origin}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Importance":

@@ -28,7 +28,7 @@ def windows(sample: Sample, file: GgufFile, max_tokens: int) -> list[list[int]]:
     cut = _cut(sample, file, length) if isinstance(sample, str) else [list(window) for window in sample]
     kept: list[list[int]] = []
     for window in cut:
-        if not (room := max_tokens - sum(map(len, kept))):
+        if (room := max_tokens - sum(map(len, kept))) < 1:
             break
         kept.append(window[:room])
     if not kept:

@@ -222,9 +222,15 @@ class Store:
             StorageError: the folder cannot be written; an older model stays.
         """
         path = self.folder / f"{name}{_SUFFIX}"
+        beside = path.with_suffix(_MANIFEST)
+        before = beside.read_bytes() if beside.is_file() else None
         with storage(path, "written"):
-            manifest.write(path.with_suffix(_MANIFEST))  # first: without its file it is not listed
-            made.replace(path)
+            manifest.write(beside)  # first: without its file it is not listed
+            try:
+                made.replace(path)
+            except OSError:
+                beside.unlink() if before is None else beside.write_bytes(before)
+                raise
         return Stored(path, manifest.n_bytes, manifest)
 
     @contextmanager

@@ -3,9 +3,9 @@
     python -m tests.bench.published [tinyllama huginn] [--threads 1]
 
 Each file is written tensor by tensor into a temporary folder and run in a process of its own; that process says the
-most memory it ever held (``VmHWM``, mapped weights included; Linux only). The cache is laid out for 2,048 positions
-but only pages that were written count, so one line adds all of it. Times are CPU time with one thread, wall time with
-more.
+most memory it ever held (``VmHWM``, mapped weights included; Linux only). The cache is laid out for 2,048 positions, of
+which only written pages count; one line gives the plan, which fills them all. Times are CPU time with one thread, wall
+time with more.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from localdepth import load
 from localdepth.config import ModelConfig, NormPlacement, RopeStyle, StateInit
-from localdepth.engine.base import n_slots
+from localdepth.loading import load
+from localdepth.memory import MemoryPlan
 from localdepth.quant import Quant
 from localdepth_export.gguf_writer import write
 from tests.bench.random_weights import quants_of, stored_weights
@@ -27,7 +27,6 @@ from tests.bench.random_weights import quants_of, stored_weights
 N_CTX, LIMIT_GB = 2048, 8
 DEPTHS = (1, 2, 4, 8, 16, 32)
 PROMPT, TOKENS = 16, 5
-_F16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -111,13 +110,12 @@ def measure(name: str, path: Path, n_threads: int) -> None:
                 flush=True,
             )
             if depth == published.depth:
-                _judge(published)
+                _judge(model.memory(depth))
 
 
-def _judge(published: Published) -> None:
-    full = _peak_gb() + _kv_gb(published)
-    verdict = "met" if full <= LIMIT_GB else "MISSED"
-    print(f"  depth {published.depth} with all {N_CTX} positions filled: {full:.2f} GB (limit {LIMIT_GB}: {verdict})")
+def _judge(planned: MemoryPlan) -> None:
+    verdict = "met" if planned.total <= LIMIT_GB * 1e9 else "MISSED"
+    print(f"  planned with all positions filled: {planned} (limit {LIMIT_GB} GB: {verdict})")
 
 
 def _peak_gb() -> float:
@@ -125,12 +123,6 @@ def _peak_gb() -> float:
     status = Path("/proc/self/status").read_text()
     [kilobytes] = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
     return int(kilobytes) / 1e6
-
-
-def _kv_gb(published: Published) -> float:
-    """K/V of every position."""
-    slots = n_slots(published.config, published.depth, published.ring)
-    return slots * N_CTX * 2 * published.config.n_embd_kv * _F16_BYTES / 1e9
 
 
 def _describe(name: str) -> str:
