@@ -259,7 +259,7 @@ def test_a_missing_field_is_named(parts: Parts, refused: Refused, name: str) -> 
         ("n_embd", ["6"], "is an array"),
         ("n_core", struct.pack("<Ii", I32, -1), "must be at least 1"),
         ("n_core", 4096, "4096 layers cannot be made of 14 tensors"),
-        ("n_vocab", 2**31, "outside 0..4194304"),
+        ("n_vocab", 2**31, "outside 0..1048576"),
         ("norm_eps", math.nan, "must be finite"),
         ("injection", "x" * 100_000, "is not one of concat_linear, add, none"),
         ("tied_head", 1, "must be of type bool"),
