@@ -23,6 +23,7 @@ from localdepth.errors import LocalDepthError, MachineError
 __all__ = [
     "answer",
     "emit",
+    "has_emitted",
     "notes",
     "plain",
     "quiet_pipe",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_emitted = threading.Event()
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -66,7 +68,13 @@ def speak_utf8() -> None:
 
 def emit(record: dict[str, Any]) -> None:
     """The one line of ``--json``; numbers that are not finite, which JSON lacks, become null."""
+    _emitted.set()
     _write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def has_emitted() -> bool:
+    """Whether the one line has been written."""
+    return _emitted.is_set()
 
 
 def answer(text: str) -> None:

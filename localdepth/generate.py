@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from localdepth.config import ModelConfig
-from localdepth.engine.base import F32, Engine, Span, check_open
+from localdepth.engine.base import F32, Engine, Span, check_open, shorter_or_larger
 from localdepth.errors import ContextOverflow, EngineError, RequestError, SamplingError
 from localdepth.policy.base import Decision
 from localdepth.prefix import PrefixCache
@@ -255,8 +255,8 @@ def _check_fits(request: Request, engine: Engine) -> None:
     limits, config = engine.limits, engine.config
     if len(request.ids) >= limits.n_ctx:
         raise ContextOverflow(
-            f"the prompt has {len(request.ids)} tokens and n_ctx={limits.n_ctx} must also hold the answer; shorten "
-            f"it, or load the model with a larger n_ctx (it was made for up to {config.n_ctx})"
+            f"the prompt has {len(request.ids)} tokens and n_ctx={limits.n_ctx} must also hold the answer; "
+            f"{shorter_or_larger(config, limits)}"
         )
     check_open(limits, request.decision.ceiling)
     if request.top_logprobs > config.n_vocab:

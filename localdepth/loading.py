@@ -173,6 +173,8 @@ def locate(model: str | os.PathLike[str] | None) -> Path:
         raise ModelFileError(f"{model!r} is no path of a model file") from None
     if not os.path.exists(path) and (stored := find(str(model))):
         return stored
+    if str(model) != "" and not os.path.lexists(path):
+        raise ModelFileError(f"{path}: no such file, and no stored model of that name; see `localdepth models list`")
     if str(model) == "" or os.path.isdir(path):
         raise ModelFileError(
             f"{path} is a directory, not a model file; make one of a checkpoint with: "

@@ -96,8 +96,8 @@ def check_fits(plan: MemoryPlan, budget: int, ways: Iterable[Iterable[tuple[str,
         return
     gentlest = (next((item for item in way if item[1].total <= budget), None) for way in ways)
     fitting = [f"{found[0]} ({as_size(found[1].total)})" for found in gentlest if found]
-    remedy = f"what fits: {' or '.join(fitting)}" if fitting else "no setting makes it fit; use a coarser quant"
-    raise OutOfMemory(f"this needs {plan}; {as_size(budget)} are free; {remedy}")
+    remedy = f"what fits: {' or '.join(fitting)}" if fitting else "no smaller setting fits; use a coarser quant"
+    raise OutOfMemory(f"this needs {plan}; there is room for {as_size(budget)}; {remedy}")
 
 
 def _read(path: Path) -> int | None:

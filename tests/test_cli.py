@@ -393,3 +393,30 @@ def test_paths_no_system_takes_are_refused_with_the_object() -> None:
         done = localdepth("ask", "hi", "--model", path, "--json")
         assert done.returncode == 2, done.stderr
         assert one_line(done)["error"]["type"] == "ModelFileError"
+
+
+@pytest.mark.parametrize("words", [("ask", "--json"), ("ask", "hi", "--foo", "--json"), ("models", "rm", "--json")])
+def test_usage_errors_are_one_line_of_json_too(words: tuple[str, ...]) -> None:
+    done = localdepth(*words)
+    assert done.returncode == 2
+    assert one_line(done)["error"]["type"] == "UsageError"
+    assert done.stderr
+
+
+def test_the_default_model_has_a_name() -> None:
+    assert localdepth("ask", "Turn left.", "--model", "default").returncode == 0
+    shown = one_line(localdepth("models", "show", "default", "--json"))
+    assert shown["name"] == "default"
+
+
+def test_inspect_checks_the_weights_and_shows_the_memory(model_file: Path, tmp_path: Path) -> None:
+    record = one_line(localdepth("inspect", str(model_file), "--check", "--json", "--ring", "2"))
+    assert record["intact"] is True
+    assert [plan["ring"] for plan in record["memory"]] == [2] * len(record["memory"])
+    raw = bytearray(model_file.read_bytes())
+    raw[-5] ^= 1
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(raw)
+    done = localdepth("inspect", str(damaged), "--check", "--json")
+    assert (done.returncode, one_line(done)["intact"]) == (1, False)
+    assert "K/V" in localdepth("inspect", str(model_file)).stdout

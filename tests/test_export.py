@@ -159,7 +159,7 @@ def test_writing_where_nothing_can_be_written_is_a_storage_error(tmp_path: Path)
 
 def test_an_export_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "c", "huginn")
-    (tmp_path / "m.gguf").write_bytes(b"old")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF old")
     program = (
         "import os, signal, sys\n"
         "from localdepth_export.convert import to_gguf\n"
@@ -168,7 +168,7 @@ def test_an_export_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
     )
     killed = subprocess.run([sys.executable, "-c", program, str(checkpoint), str(tmp_path / "m.gguf")])
     assert killed.returncode == -signal.SIGKILL
-    assert (tmp_path / "m.gguf").read_bytes() == b"old"
+    assert (tmp_path / "m.gguf").read_bytes() == b"GGUF old"
 
 
 def test_verification_is_written_into_the_file(tmp_path: Path) -> None:

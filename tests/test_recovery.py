@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from localdepth.engine.toy import random_weights
 from localdepth.errors import ModelFileError, StorageError
 from localdepth.gguf import Check, CheckStatus, read
 from localdepth.quant import Quant
+from localdepth_export.convert import to_gguf
 from localdepth_export.gguf_writer import write_check
 from localdepth_export.output import replacing
 from localdepth_train.checkpoint import save
@@ -26,7 +28,7 @@ from tests import engines
 from tests.gguf_parts import sound
 from tests.published import EXPECTED
 
-OLD = b"an older model"
+OLD = b"GGUF, an older model"
 START_S = 60.0  # until an export has begun to write; a busy machine imports slowly
 
 
@@ -207,3 +209,14 @@ def test_a_file_may_have_no_checksum_or_a_wrong_one(tmp_path: Path) -> None:
     parts.set("localdepth.checksum", "x" * 64)
     path.write_bytes(parts.encode())
     assert is_intact(path) is False
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_an_export_never_replaces_what_is_no_model_file(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(checkpoint, own)
+    (own / "tokenizer.json").write_text("{}", encoding="utf-8")
+    before = (own / name).read_bytes()
+    with pytest.raises(StorageError, match="holds something else and would be lost"):
+        to_gguf(checkpoint, own / name)
+    assert (own / name).read_bytes() == before

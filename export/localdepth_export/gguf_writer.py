@@ -41,6 +41,7 @@ __all__ = ["write", "write_check"]
 
 _Plain = bool | int | float | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
 
+_MAGIC = b"GGUF"
 _CHUNK_BYTES = 1 << 24
 _NO_CHECKSUM = "0" * 64  # keeps the place in the header until the data are known
 _KINDS = {  # float64, so that every setting comes back as it was
@@ -79,7 +80,7 @@ def write(
     values |= _check_values(check) if check else {}
     values |= _tokenizer_values(tokenizer, config.n_vocab) if tokenizer else {}
     header = _encode(values, {name: (shape, quants[name]) for name, shape in shapes.items()})
-    with replacing(Path(path)) as output:
+    with replacing(Path(path), _is_gguf) as output:
         output.append(header)
         output.pad(GGUF_DEFAULT_ALIGNMENT)
         stream, checksum = iter(tensors), hashlib.sha256()
@@ -108,7 +109,7 @@ def _replace_keys(path: Path, prefix: str, values: Mapping[str, _Plain]) -> None
     read(path).close()  # refuses what must not be trusted
     encoded = _encode(values, {})
     added = _entries(encoded, read_header(encoded, keep=_nothing))
-    with replacing(path) as output, map_file(path) as buffer:
+    with replacing(path, _is_gguf) as output, map_file(path) as buffer:
         header = read_header(buffer, keep=_nothing)
         table = read_tensors(buffer, header)
         entries = {key: raw for key, raw in _entries(buffer, header).items() if not key.startswith(prefix)}
@@ -119,6 +120,11 @@ def _replace_keys(path: Path, prefix: str, values: Mapping[str, _Plain]) -> None
         output.pad(header.alignment)
         for start in range(table.data_start, len(buffer), _CHUNK_BYTES):
             output.append(buffer[start : start + _CHUNK_BYTES])
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
 
 
 def _entries(buffer: mmap | bytes, header: Header) -> dict[str, bytes]:

@@ -59,7 +59,7 @@ class Importance:
         Raises:
             StorageError: the file cannot be written.
         """
-        with replacing(Path(path)) as output:
+        with replacing(Path(path), _is_importance) as output:
             output.append(save(dict(self.columns), {"format": _FORMAT, "origin": self.origin}))
 
     @classmethod
@@ -91,6 +91,14 @@ class Importance:
                     f"the importance is another model's: {len(values)} columns for {name}, which has {n_in} here; "
                     "collect it from a file of this model"
                 )
+
+
+def _is_importance(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get("format") == _FORMAT
+    except (OSError, SafetensorError):
+        return False
 
 
 def collect(

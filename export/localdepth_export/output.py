@@ -12,7 +12,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -58,9 +58,11 @@ class Output:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Output]:
+def replacing(path: Path, is_of_this_kind: Callable[[Path], bool] = lambda path: True) -> Iterator[Output]:
     """What the block writes takes the place of ``path``, and its mode, when the block ends well.
 
+    Args:
+        is_of_this_kind: whether an existing file may be replaced; anything else there is somebody's only copy.
     Raises:
         StorageError: the file cannot be written, and is as it was.
     """
@@ -68,6 +70,8 @@ def replacing(path: Path) -> Iterator[Output]:
     with _storage(path):
         if target.exists() and not target.is_file():
             raise StorageError(f"{path} is a directory or a device; name the file to write")
+        if target.exists() and target.stat().st_size and not is_of_this_kind(target):
+            raise StorageError(f"{path} holds something else and would be lost; name another file, or remove it first")
         _remove_abandoned(target.parent)
         file, temporary = _create(target.parent)
     try:

@@ -109,8 +109,9 @@ class Report:
             return "FAILED: the weights do not have the checksum in the file; it is damaged, export it again"
         limits = f"KL {self.bound.kl:g}" + (f", max abs {self.bound.max_abs:g}" if self.quant is Quant.F32 else "")
         if self.passed:
-            how = "as ggml rounds them" if self.exact else "rounded with an importance that was not given"
-            return f"verified: stored numbers are the checkpoint's {how}, logits within {limits}"
+            if not self.exact:
+                return "consistent: stored numbers are near the checkpoint's; pass --importance to be sure"
+            return f"verified: stored numbers are the checkpoint's as ggml rounds them, logits within {limits}"
         return f"FAILED: beyond {limits} at some depth; this model does not bear {self.quant}, export with a finer one"
 
 

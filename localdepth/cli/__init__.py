@@ -11,6 +11,9 @@ from types import FrameType
 __all__ = ["main"]
 
 
+_USAGE = 2  # what click leaves with
+
+
 def main() -> None:
     """Entry point of the ``localdepth`` command."""
     signal.signal(signal.SIGTERM, _end)
@@ -29,7 +32,12 @@ def main() -> None:
         from localdepth.cli.common import app
 
         console.speak_utf8()
-        app()
+        try:
+            app()
+        except SystemExit as leaving:
+            if leaving.code == _USAGE and "--json" in sys.argv and not console.has_emitted():
+                console.emit({"error": {"type": "UsageError", "message": "wrong arguments; standard error says which"}})
+            raise
     except KeyboardInterrupt:  # outside any command: while importing, or on the way out
         raise SystemExit(130) from None
 

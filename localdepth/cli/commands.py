@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import shorten
 
 from localdepth import console
 from localdepth.cli.options import parse_depth
@@ -68,7 +69,7 @@ def _retry(session: Session, _: str) -> None:
 
 def _undo(session: Session, _: str) -> None:
     taken = session.conversation.undo()
-    session.note(f"taken back: {' '.join(taken.question.split())[:60]}")
+    session.note(f"taken back: {shorten(taken.question, 60, placeholder=' …')}")
 
 
 def _new(session: Session, _: str) -> None:

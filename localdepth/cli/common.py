@@ -45,7 +45,9 @@ def command(function: Callable[P, int | None]) -> Callable[P, None]:
         except LocalDepthError as error:
             code = console.report_error(error, bool(kwargs.get("as_json")))
         except KeyboardInterrupt:
-            console.notes.print("interrupted")
+            console.notes.print("\ninterrupted")  # the cursor may stand behind half an answer
+            if kwargs.get("as_json"):
+                console.emit({"error": {"type": "Interrupted", "message": "interrupted"}})
             code = INTERRUPTED
         except BrokenPipeError:
             console.quiet_pipe()

@@ -44,7 +44,7 @@ def list_models(as_json: JsonOption = False) -> None:
         console.emit({"folder": str(store.folder), "models": rows, "importable": others})
         return
     console.show_table(
-        ("name", "size", "quant", "parameters", "depth", "licence", "verified", "from"),
+        ("name", "size", "quant", "parameters", "depth", "licence", "parity", "from"),
         [
             (
                 row["name"],

@@ -67,6 +67,7 @@ class Session:
         self.conversation, self.settings, self.is_live = conversation, settings, is_live
         self.is_over = False
         self._open, self._show = open_model, show
+        self._has_spoken = False  # a token of the answer has come
         self._tries = 0  # of the last question; each draws other tokens
         self._n_forgotten = 0
         self._name, self.model = self._load(file)
@@ -133,17 +134,30 @@ class Session:
 
     def _answer(self, begin: Callable[[], Reply]) -> None:
         """Show an answer and what it took. Where a person types, Ctrl-C stops it; a second one does not wait."""
-        guard: AbstractContextManager[Event] = stop_on_interrupt() if self.is_live else nullcontext(Event())
+        self._has_spoken = False
+        guard: AbstractContextManager[Event] = stop_on_interrupt(self._stop) if self.is_live else nullcontext(Event())
         with guard as stopped, begin() as reply:
             if reply.n_forgotten > self._n_forgotten:
                 self.note(f"the context is full: the model no longer sees questions 1 to {reply.n_forgotten}")
             self._n_forgotten = reply.n_forgotten
             try:
-                self._show(_pieces(reply, stopped))
+                self._show(self._pieces(reply, stopped))
             except KeyboardInterrupt:
                 if not self.is_live:
                     raise
         self.note(_summary(reply))
+
+    def _pieces(self, reply: Reply, stopped: Event) -> Iterator[str]:
+        for token in reply:
+            self._has_spoken = True
+            yield token.text
+            if stopped.is_set():
+                return
+
+    def _stop(self) -> None:
+        """While the question is still being read there is nothing to end well."""
+        if not self._has_spoken:
+            raise KeyboardInterrupt
 
     def _load(self, file: Path | None) -> tuple[str, Model]:
         with console.waiting("loading"):
@@ -156,13 +170,6 @@ class Session:
         if not model.has_chat_template:
             self.note("this file has no chat template: the model continues the conversation as a text")
         return file.name if file else "default model", model
-
-
-def _pieces(reply: Reply, stopped: Event) -> Iterator[str]:
-    for token in reply:
-        yield token.text
-        if stopped.is_set():
-            return
 
 
 def _summary(reply: Reply) -> str:

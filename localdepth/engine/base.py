@@ -32,6 +32,7 @@ __all__ = [
     "check_span",
     "initial_state",
     "n_slots",
+    "shorter_or_larger",
 ]
 
 F32 = npt.NDArray[np.float32]
@@ -195,8 +196,7 @@ def check_span(config: ModelConfig, limits: Limits, start: int, ids: Ids, state:
         raise PromptError(f"token id {bad} is outside 0..{config.n_vocab - 1}, the vocabulary of this model")
     if start + ids.size > limits.n_ctx:
         raise ContextOverflow(
-            f"{start} cached + {ids.size} new tokens exceed n_ctx={limits.n_ctx}; shorten the prompt or load the "
-            f"model with a larger n_ctx (it was made for up to {config.n_ctx})"
+            f"{start} cached + {ids.size} new tokens exceed n_ctx={limits.n_ctx}; {shorter_or_larger(config, limits)}"
         )
     if state is not None and state.shape != (ids.size, config.n_embd):
         raise PromptError(f"state has shape {list(state.shape)}; it must be [{ids.size}, {config.n_embd}]")
@@ -215,6 +215,13 @@ def check_pass(r: int, max_depth: int) -> None:
     """Refuse pass ``r`` of a cache that was opened for fewer."""
     if r >= max_depth:
         raise DepthError(f"pass {r + 1} is beyond depth {max_depth}, which this cache was opened for")
+
+
+def shorter_or_larger(config: ModelConfig, limits: Limits) -> str:
+    """What to do about a context that is too small."""
+    if limits.n_ctx >= config.n_ctx:
+        return "shorten the prompt, this model was made for no more"
+    return f"shorten the prompt, or load the model with a larger n_ctx (it was made for up to {config.n_ctx})"
 
 
 def n_slots(config: ModelConfig, depth: int, ring: int | None) -> int:

@@ -23,7 +23,7 @@ from localdepth.memory import MemoryPlan
 __all__ = ["Planner", "largest_graphs"]
 
 _RING = 4  # planes that a request short of memory is offered
-_SHORTEST = 256  # context
+_SHORTEST = 64  # context
 
 
 class Planner:
@@ -87,6 +87,9 @@ class Planner:
         yield self._shorter(depth)
         word = "kv_depth={0} (--kv-depth {0})" if loading else "depth={0}"
         yield ((word.format(less), self.plan(less, packed=packed)) for less in range(depth - 1, 0, -1))
+        if loading:
+            least = replace(self._limits, n_ctx=min(_SHORTEST, self._limits.n_ctx))
+            yield iter([(f"n_ctx={least.n_ctx} with kv_depth=1", self.plan(1, least, packed=False))])
 
     def _shorter(self, depth: int) -> Iterator[tuple[str, MemoryPlan]]:
         n_ctx = self._limits.n_ctx // 2
