@@ -61,12 +61,12 @@ class Prefix:
     ) -> tuple[F32, int]:
         """Logits after a prompt that begins with this prefix, [n_vocab], and the depth they took."""
         n = len(self.ids)
-        goes_on = n > self.n_prompt
+        in_whole_chunks = n <= self.n_prompt and n % engine.limits.n_batch == 0
         if n and (self.depth < decision.ceiling or n == len(ids)):
             logits, depth = resume(engine, self.kv, decision)
         if n < len(ids):
             logits, depth = self._forward(engine, ids[n:], decision, None, observe)
-        if not goes_on:
+        if in_whole_chunks:
             self.n_prompt = len(ids)
         self.n_asked = len(ids)
         return logits[0], depth

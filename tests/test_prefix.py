@@ -151,6 +151,17 @@ def test_a_turn_whose_answer_is_spelt_otherwise_reuses_the_question(model: Model
     close(answer, fresh.generate(turn, depth=4, max_tokens=4))
 
 
+def test_chunks_that_a_conversation_cut_in_pieces_are_not_whole(model: Model, fresh: Model, kind: str) -> None:
+    turns = [PROMPT, [*PROMPT, 1, 2, 3], [*PROMPT, 1, 2, 3, 4, 4, 4, 4, 4, 4]]
+    for turn in turns:
+        model.generate(turn, depth=4, max_tokens=1)
+    other = [*turns[-1][:26], 9]
+    answer, expected = (m.generate(other, depth=4, max_tokens=4) for m in (model, fresh))
+    assert answer.stats.n_cached == 16  # the chunk after it was read in two turns
+    close(answer, expected)
+    assert kind == "toy" or bits(answer) == bits(expected)
+
+
 def test_a_stream_begun_after_its_model_is_closed_says_so(model: Model) -> None:
     model.generate(PROMPT, depth=2, max_tokens=2)
     stream = model.stream(PROMPT, depth=2)
