@@ -74,6 +74,8 @@ def test_blocks_joined_are_the_text(text: str) -> None:
 
 
 @given(texts, texts)
+@example(BLOCKS[2] + "1", ". third\n")
+@example(">1\n-", "# of the quotation\n")
 def test_what_comes_later_changes_only_the_last_block(text: str, more: str) -> None:
     *done, _ = split(text)
     assert split(text + more)[: len(done)] == done
@@ -81,6 +83,7 @@ def test_what_comes_later_changes_only_the_last_block(text: str, more: str) -> N
 
 @settings(max_examples=60, deadline=None)
 @given(texts, st.lists(st.integers(1, 9), min_size=1, max_size=9), st.sampled_from([5, 8, 60]))
+@example(BLOCKS[2] * 2, [1], 5)
 @example("".join(BLOCKS[:9]) + "".join(f"line {i}\n" for i in range(40)), [3], 6)
 def test_a_text_in_pieces_leaves_the_screen_of_the_whole_text(text: str, sizes: list[int], height: int) -> None:
     pieces, rest = [], text
