@@ -4,7 +4,6 @@ Nothing of a text is lost: HTML, link addresses and line breaks show as they wer
 is taller than the screen shows its end until it is finished and printed whole.
 """
 
-import re
 import time
 from collections.abc import Iterable
 from itertools import pairwise
@@ -22,8 +21,6 @@ from localdepth.console import plain
 __all__ = ["show_markdown", "split"]
 
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable(["reference", "image"])
-_NUMBER = re.compile(r" {0,3}[0-9]{1,9}")  # with a dot to come, the next item of a list
-_PARTED = re.compile(r"\n[ \t]*\n$")  # by an empty line, across which only lists go on
 _SECONDS = 0.08  # between two pictures
 
 
@@ -57,18 +54,25 @@ def show_markdown(pieces: Iterable[str], console: Console, waiting: str = "…")
             with console:
                 live.update("", refresh=True)
                 live.stop()
-                page.print(split(rest))
+                page.print(_blocks(rest))
 
 
 def split(text: str) -> list[str]:
-    """Blocks of a Markdown text, which joined are the text; nothing written after it changes any but the last."""
+    """Blocks of a Markdown text, which joined are the text; nothing written after it changes any but the last.
+
+    A line that is still being written may become part of the block before it, and so belongs to that.
+    """
+    written, newline, unfinished = text.rpartition("\n")
+    *done, last = _blocks(written + newline)
+    return [*done, last + unfinished]
+
+
+def _blocks(text: str) -> list[str]:
+    """Blocks of a whole text, which joined are the text."""
     lines = [line + "\n" for line in text.split("\n")]
     lines[-1] = lines[-1].removesuffix("\n")
     starts = [token.map[0] for token in _PARSER.parse(text) if token.level == 0 and token.map and token.nesting >= 0]
-    *blocks, last = ["".join(lines[start:end]) for start, end in pairwise((0, *starts[1:], len(lines)))]
-    if blocks and "\n" not in last and (_NUMBER.fullmatch(last) or not _PARTED.search(blocks[-1])):
-        last = blocks.pop() + last  # the rest of its line may make it part of the block before
-    return [*blocks, last]
+    return ["".join(lines[start:end]) for start, end in pairwise((0, *starts[1:], len(lines)))]
 
 
 class _Page:
