@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from localdepth.errors import ModelFileError
 
 __all__ = [
+    "MAGIC",
     "Entry",
     "Header",
     "StoredTensor",
@@ -38,7 +39,7 @@ __all__ = [
 
 Value = bool | int | float | str | tuple[str, ...] | NDArray[Any]  # arrays of numbers stay arrays
 
-_MAGIC = b"GGUF"
+MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # same layout; version 1 had 32-bit counts
 _MAX_DIMS = 4
 _HEADER = struct.Struct("<4sIQQ")  # magic, version, tensors, keys
@@ -162,7 +163,7 @@ def read_header(buffer: mmap | bytes, keep: Callable[[str], bool]) -> Header:
         ModelFileError: not GGUF, another version or byte order, counts or lengths beyond the file,
             unknown value types, nested arrays, duplicate keys, text that is not UTF-8.
     """
-    if buffer[: len(_MAGIC)] != _MAGIC:
+    if buffer[: len(MAGIC)] != MAGIC:
         raise ModelFileError(f"not a GGUF file but {_recognise(buffer[:64])}")
     cursor = _Cursor(buffer)
     _, version, n_tensors, n_entries = cursor.unpack(_HEADER)

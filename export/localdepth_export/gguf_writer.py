@@ -33,7 +33,7 @@ from localdepth.gguf import (
     TokenizerRecord,
     read,
 )
-from localdepth.gguf_container import Header, map_file, read_header, read_tensors
+from localdepth.gguf_container import MAGIC, Header, map_file, read_header, read_tensors
 from localdepth.quant import Quant
 from localdepth_export.output import replacing
 
@@ -41,7 +41,6 @@ __all__ = ["write", "write_check"]
 
 _Plain = bool | int | float | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
 
-_MAGIC = b"GGUF"
 _CHUNK_BYTES = 1 << 24
 _NO_CHECKSUM = "0" * 64  # keeps the place in the header until the data are known
 _KINDS = {  # float64, so that every setting comes back as it was
@@ -124,7 +123,7 @@ def _replace_keys(path: Path, prefix: str, values: Mapping[str, _Plain]) -> None
 
 def _is_gguf(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def _entries(buffer: mmap | bytes, header: Header) -> dict[str, bytes]:

@@ -75,9 +75,6 @@ class Weights:
         """A norm, a bias, or None where the model has none of this name."""
         return self._plain.get(name)
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._plain[name]
-
     def for_rows(self, name: str, n: int) -> Tensor:
         """A matrix for a product with n rows."""
         for max_rows, group in self._packed:
