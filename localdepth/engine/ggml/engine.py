@@ -1,16 +1,19 @@
 """The ggml engine: spans become chunks, chunks become graphs, graphs run on a device.
 
-A span longer than ``n_batch`` is computed chunk by chunk inside each pass (pass-major), which is what defines
-prefill under a ring. Graphs of one-token spans are kept, those of prompts are built and freed: building costs
-about 140 µs.
+Calls only note what is wanted of a span; when somebody looks, all of it becomes one graph per chunk. Where passes
+share planes in a ring, a span longer than ``n_batch`` is computed chunk by chunk inside each pass (pass-major), which
+is what defines prefill there. Graphs of one-token spans are kept, those of prompts are built and freed: building
+costs about 140 µs.
 """
 
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
+from itertools import product
 from typing import cast
 
 import numpy as np
@@ -20,7 +23,7 @@ from localdepth.config import STAGES, Injection
 from localdepth.engine.base import F32, Ids, Kv, Limits, Rows, Span, check_open, check_pass, check_span, n_slots
 from localdepth.engine.ggml import lib as ggml
 from localdepth.engine.ggml.device import CpuDevice, DeviceName, open_device
-from localdepth.engine.ggml.graph import Chunk, GraphFactory
+from localdepth.engine.ggml.graph import Begins, Chunk, Ends, GraphFactory, Work
 from localdepth.engine.ggml.handles import Graph
 from localdepth.engine.ggml.kv import GgmlKv, plane_bytes
 from localdepth.engine.ggml.parts import HEAD_ROWS, Parts, make_parts
@@ -36,8 +39,8 @@ __all__ = ["GgmlEngine"]
 
 log = logging.getLogger(__name__)
 
-_LAYERS_AT_ONCE = 64  # computed by one graph
-_VISIBLE = np.zeros(1, np.float16)  # in a mask
+_LAYERS_AT_ONCE = 64  # of the core, computed by one graph
+_ENDS: dict[Rows | None, Ends | None] = {None: None, "last": Ends.LOGITS, "all": Ends.OUTPUT}
 _SMALL = 1 << 27  # bytes that any machine has; asking costs 20 ms
 
 
@@ -104,43 +107,24 @@ class GgmlEngine:
         for (kv, ids), state in zip(work, states, strict=True):
             _check_free(cast(GgmlKv, kv))
             check_span(self.config, self.limits, kv.n, ids, state)
-        openers = [
-            partial(self._open_span, cast(GgmlKv, kv), ids, state)
-            for (kv, ids), state in zip(work, states, strict=True)
-        ]
-        return self._open_all(openers)
+        return self._opened(
+            self._new_span(cast(GgmlKv, kv), ids, state) for (kv, ids), state in zip(work, states, strict=True)
+        )
 
     def reopen(self, kvs: Sequence[Kv]) -> list[Span]:
         self._check_alive()
         for kv in kvs:
             _check_free(cast(GgmlKv, kv))
             assert len(set(kv.depths)) == 1, "all positions ran the same depth"
-        return self._open_all([partial(self._reopen_span, cast(GgmlKv, kv)) for kv in kvs])
+        return self._opened(self._old_span(cast(GgmlKv, kv)) for kv in kvs)
 
     def core(self, spans: Sequence[Span], n: int = 1) -> None:
         self._check_alive()
         for span in cast(Sequence[GgmlSpan], spans):
             check_pass(span.r + n - 1, span.kv.max_depth)
-        at_once = max(1, _LAYERS_AT_ONCE // self.config.n_core)
         for span in cast(Sequence[GgmlSpan], spans):
-            end = span.r + n
-            while span.r < end:
-                # a graph runs several passes, but under pass-major prefill
-                self._advance(span, min(at_once, end - span.r) if len(span.chunks) == 1 else 1)
-
-    def _advance(self, span: GgmlSpan, n: int) -> None:
-        """Run n passes of the core in one graph per chunk."""
-        first = span.r
-        indices = tuple(plane(r, self.limits.ring) for r in range(first, first + n))
-        planes = [span.kv.tensors("core", index) for index in indices]
-        # a kept graph serves every pass that reads and writes the same tensors
-        starts = first == 0 and self.config.injection is Injection.NONE
-        for chunk in span.chunks:
-            build = partial(self._factory.core, chunk, span.lane, planes, first)
-            self._run(span, chunk, ("core", *indices, first % 2, starts, chunk.n_kv), build)
-            self._rows["core"] += chunk.n * (n - 1)
-        span.r += n
-        span.coda_rows, span.last_logits = None, None
+            span.r += n
+            span.coda_rows, span.last_logits = None, None
 
     def coda(self, spans: Sequence[Span], rows: Rows = "last") -> list[F32]:
         self._check_alive()
@@ -150,7 +134,7 @@ class GgmlEngine:
         self._check_alive()
         for span in cast(Sequence[GgmlSpan], spans):
             assert span.r > 0, "a position runs at least one pass"
-            self._coda(span, "last")
+            self._look(span, "last")
             span.kv.commit(span.start, span.lane, span.n, span.r)
             self._end(span)
 
@@ -188,42 +172,37 @@ class GgmlEngine:
         if self._closed:
             raise EngineError("this model is closed; load it again")
 
-    def _open_all(self, openers: Sequence[Callable[[], GgmlSpan]]) -> list[Span]:
-        spans: list[Span] = []
+    def _opened(self, spans: Iterator[GgmlSpan]) -> list[Span]:
+        opened: list[Span] = []
         try:
-            for opener in openers:
-                spans.append(opener())  # noqa: PERF401  those made so far are dropped when one fails
+            for span in spans:
+                span.kv.busy = True
+                opened.append(span)
         except BaseException:
-            self.drop(spans)
+            self.drop(opened)
             raise
-        return spans
+        return opened
 
-    def _open_span(self, kv: GgmlKv, ids: Ids, state: F32 | None) -> GgmlSpan:
-        span = GgmlSpan(kv, self.device, self.config, self.limits, kv.n, len(ids))
-        with span.opening():
-            s0 = np.zeros((span.n, self.config.n_embd), np.float32) if state is None else state
-            span.lane.write("state0", np.ascontiguousarray(s0, np.float32))
-            for chunk in span.chunks:
-                tokens = ids[chunk.offset : chunk.offset + chunk.n]
-                self._parts.tokens.write("tokens", np.ascontiguousarray(tokens, np.int32))
-                build = partial(self._factory.prelude, chunk, span.lane, kv.tensors("prelude", 0))
-                self._run(span, chunk, ("prelude", chunk.n_kv), build)
+    def _new_span(self, kv: GgmlKv, ids: Ids, state: F32 | None) -> GgmlSpan:
+        span = GgmlSpan(kv, self.device, self.config, self.limits, kv.n, len(ids), self._look)
+        if state is None:
+            span.lane.fill("state0", 0, 0, span.n * self.config.n_embd)
+        else:
+            span.lane.write("state0", np.ascontiguousarray(state, np.float32))
+        span.begins, span.ids = Begins.PRELUDE, ids.astype(np.int32)
         return span
 
-    def _reopen_span(self, kv: GgmlKv) -> GgmlSpan:
-        span = GgmlSpan(kv, self.device, self.config, self.limits, 0, kv.n)
-        with span.opening():
-            span.r = kv.depths[0]
-            span.lane.write("embeds", kv.embeds[: kv.n])
-            span.lane.write(f"state{span.r % 2}", kv.states[: kv.n])
-            if self.config.injection is Injection.CONCAT_LINEAR:
-                for chunk in span.chunks:
-                    build = partial(self._factory.injected, chunk, span.lane)
-                    self._compute(span, chunk.n, ("injected",), build)
+    def _old_span(self, kv: GgmlKv) -> GgmlSpan:
+        span = GgmlSpan(kv, self.device, self.config, self.limits, 0, kv.n, self._look)
+        span.r = span.done = kv.depths[0]
+        span.lane.write("embeds", kv.embeds[: kv.n])
+        span.lane.write(f"state{span.r % 2}", kv.states[: kv.n])
+        if self.config.injection is Injection.CONCAT_LINEAR:
+            span.begins = Begins.INJECTED
         return span
 
     def _logits(self, span: GgmlSpan, rows: Rows) -> F32:
-        self._coda(span, rows)
+        self._look(span, rows)
         if rows == "all":
             return np.concatenate([self._head(span, offset) for offset in range(0, span.n, HEAD_ROWS)])
         if span.last_logits is None:  # all rows were asked for before
@@ -233,34 +212,53 @@ class GgmlEngine:
     def _head(self, span: GgmlSpan, offset: int) -> F32:
         """Logits of a few rows from ``offset`` on."""
         n = min(HEAD_ROWS, span.n - offset)
-        self._compute(span, n, ("head",), partial(self._factory.head, Chunk(offset, n, 1), span.lane))
+        self._compute(span, "head", partial(self._factory.head, Chunk(offset, n, 1), span.lane))
+        self._rows["head"] += n
         return self._parts.io.read("logits", (n, self.config.n_vocab))
 
-    def _coda(self, span: GgmlSpan, rows: Rows) -> None:
-        """Keys and values of all rows; output of all, or logits of the last."""
+    def _look(self, span: GgmlSpan, rows: Rows | None = None) -> None:
+        """Compute what was asked of the span up to here, and the coda for these rows."""
         if span.coda_rows in (rows, "all"):
+            rows = None
+        if rows is None and span.begins is None and span.done == span.r:
             return
-        *before, last = span.chunks
-        planes = span.kv.tensors("coda", 0)
-        for chunk in span.chunks if rows == "all" else before:
-            n_out = chunk.n if rows == "all" else 0
-            build = partial(self._factory.coda, chunk, span.lane, planes, span.r, n_out)
-            self._run(span, chunk, ("coda", span.r % 2, chunk.n_kv), build)
+        apart = self._passes_apart(span)
+        starts = span.done == 0 and self.config.injection is Injection.NONE
+        at_once = max(1, _LAYERS_AT_ONCE // self.config.n_core) if apart else 1
+        works = _works(span.begins, starts, span.done, span.r, self.limits.ring, at_once, _ENDS[rows])
+        order = product(span.chunks, works) if apart else ((chunk, work) for work, chunk in product(works, span.chunks))
+        for chunk, work in order:
+            self._run(span, chunk, work)
+        span.begins, span.done = None, span.r
+        if rows is not None:
+            span.coda_rows = rows
         if rows == "last":
-            build = partial(self._factory.coda_and_head, last, span.lane, planes, span.r)
-            self._run(span, last, ("coda and head", span.r % 2, last.n_kv), build)
-            self._rows.update(coda=last.n, head=1)
             span.last_logits = self._parts.io.read("logits", (1, self.config.n_vocab))
-        span.coda_rows = rows
 
-    def _run(self, span: GgmlSpan, chunk: Chunk, key: tuple[str | int, ...], build: Callable[[], Graph]) -> None:
-        """Compute a graph that attends: its positions and mask come first."""
+    def _passes_apart(self, span: GgmlSpan) -> bool:
+        """Whether a chunk may run all its passes before the next: none overwrites what that one must still see."""
+        return len(span.chunks) == 1 or self.limits.ring is None or span.r <= self.limits.ring
+
+    def _run(self, span: GgmlSpan, chunk: Chunk, work: Work) -> None:
+        """Compute a graph; its tokens, positions and mask come first."""
         if self._placed != (span, chunk):
             self._place(span, chunk)
-        self._compute(span, chunk.n, key, build)
+        if work.begins is Begins.PRELUDE:
+            self._parts.tokens.write("tokens", span.ids[chunk.offset : chunk.offset + chunk.n])
+        if work.ends is Ends.LOGITS and chunk is not span.chunks[-1]:
+            work = replace(work, ends=Ends.KEYS)  # the span's last row is in another chunk
+        self._compute(span, (work, chunk.n_kv), partial(self._factory.span, chunk, span.lane, span.kv.tensors, work))
+        if self._parts.sums is not None:
+            self._count(chunk.n, work)
 
-    def _compute(self, span: GgmlSpan, n: int, key: tuple[str | int, ...], build: Callable[[], Graph]) -> None:
-        self._rows[str(key[0])] += n
+    def _count(self, n: int, work: Work) -> None:
+        """Note how many rows each kind of matrix saw."""
+        self._rows["prelude"] += n * (work.begins is Begins.PRELUDE)
+        self._rows["core"] += n * len(work.passes)
+        self._rows["coda"] += n * (work.ends is not None)
+        self._rows["head"] += work.ends is Ends.LOGITS
+
+    def _compute(self, span: GgmlSpan, key: Hashable, build: Callable[[], Graph]) -> None:
         if span.n == 1:
             self.device.compute(span.kv.graph(key, lambda: self._built(build)))
             return
@@ -286,16 +284,19 @@ class GgmlEngine:
         io = self._parts.io
         first = span.start + chunk.offset
         seen, self._seen, self._placed = self._seen, -1, None  # an interrupt must not leave what is not written
-        positions = np.arange(first, first + chunk.n)
-        io.write("positions", positions.astype(np.int32))
-        io.write("rows", positions)
-        if chunk.n == 1 and seen == first:  # the row before, and one position more
-            io.write("mask", _VISIBLE, first)
-        elif chunk.n == 1:
-            io.write("mask", _mask(positions, self.limits.n_ctx))
+        if chunk.n == 1:
+            io.fill("positions", first, 0, 1)
+            io.fill("rows", first, 0, 1)
+            if seen == first:  # the row before, and one position more
+                io.fill("mask", 0, first, 1)
+            else:
+                io.write("mask", _mask(np.array([first]), self.limits.n_ctx))
+            self._seen = first + 1
         else:
+            positions = np.arange(first, first + chunk.n)
+            io.write("positions", positions.astype(np.int32))
+            io.write("rows", positions)
             io.write("mask", _mask(positions, chunk.n_kv))
-        self._seen = first + 1 if chunk.n == 1 else -1
         self._placed = span, chunk
 
     def _load(self, file: GgufFile, importance: bool) -> Parts:
@@ -350,6 +351,20 @@ class GgmlEngine:
 def _mask(positions: NDArray[np.int64], n_kv: int) -> NDArray[np.float16]:
     """0 where a row may look, -inf ahead of it: [n, n_kv]."""
     return np.where(np.arange(n_kv) > positions[:, None], np.float16(-np.inf), np.float16(0))
+
+
+@lru_cache
+def _works(
+    begins: Begins | None, starts: bool, first: int, end: int, ring: int | None, at_once: int, ends: Ends | None
+) -> Sequence[Work]:
+    """Passes ``first .. end - 1`` and what is before and after them, in as few pieces as may be."""
+    works = [
+        Work(None, tuple(plane(i, ring) for i in range(r, min(r + at_once, end))), r % 2, starts and r == first, None)
+        for r in range(first, end, at_once)
+    ] or [Work(None, (), end % 2, False, None)]
+    works[0] = replace(works[0], begins=begins)
+    works[-1] = replace(works[-1], ends=ends)
+    return tuple(works)
 
 
 def _check_free(kv: GgmlKv) -> None:

@@ -1,11 +1,12 @@
-"""The four kinds of graph, node by node: prelude, one pass of the core, coda, head.
+"""Graphs, node by node: any run of prelude, passes of the core, coda and head is one graph.
 
 Shapes in comments are ggml's, fastest dimension first: E n_embd, T rows, H heads, D head_dim, S keys.
 Graphs read and write the tensors they are given; only intermediates live in scratch memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 
 from localdepth.config import Injection, ModelConfig, NormPlacement, QkNorm, RopeStyle
@@ -13,10 +14,11 @@ from localdepth.engine.ggml.handles import Graph, Tensor, TensorGroup
 from localdepth.engine.ggml.lib import Ggml
 from localdepth.engine.ggml.parts import Parts
 
-__all__ = ["Chunk", "GraphFactory"]
+__all__ = ["Begins", "Chunk", "Ends", "GraphFactory", "Planes", "Work"]
 
 _NODES_PER_LAYER, _NODES_AROUND = 128, 64  # bounds; a layer of the richest family needs 41, and 56 to add squares
 _F32_BYTES, _F16_BYTES, _I32_BYTES = 4, 2, 4
+Planes = Callable[[str, int], TensorGroup]  # stage and index of a plane -> its keys and values
 _ROPE_MODE = {RopeStyle.INTERLEAVED: 0, RopeStyle.HALF: 2}
 
 
@@ -29,48 +31,63 @@ class Chunk:
     n_kv: int
 
 
+class Begins(Enum):
+    """What is made before a pass can run."""
+
+    PRELUDE = "prelude"  # everything: io's tokens -> lane's embeds
+    INJECTED = "injected"  # the embeds' share of a linear injection, for positions whose prelude ran before
+
+
+class Ends(Enum):
+    """What is wanted of the coda."""
+
+    KEYS = "keys"  # the keys and values that later positions look up
+    LOGITS = "logits"  # of the last row, in io
+    OUTPUT = "output"  # of all rows, in the lane
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one graph computes; two equal ones over the same chunk are the same graph.
+
+    Attributes:
+        begins: what comes before the first pass.
+        passes: index of the plane of each pass.
+        parity: 0 or 1, which of the lane's two states the first pass reads.
+        starts: the first pass is the first of all, where that makes a difference.
+        ends: the coda, and what is wanted of it.
+    """
+
+    begins: Begins | None
+    passes: tuple[int, ...]
+    parity: int
+    starts: bool
+    ends: Ends | None
+
+
 class GraphFactory:
     """Builds graphs over one model's weights."""
 
     def __init__(self, lib: Ggml, config: ModelConfig, parts: Parts) -> None:
         self.lib, self.config, self.parts = lib, config, parts
 
-    def prelude(self, chunk: Chunk, lane: TensorGroup, kv: TensorGroup) -> Graph:
-        """tokens -> lane's embeds, and their share of the injection where it is linear."""
-        nodes = _Nodes(self, self.config.n_prelude, chunk)
-        x = nodes.stage("prelude", nodes.embed(), kv)
-        nodes.store(x, lane["embeds"])
-        if self.config.injection is Injection.CONCAT_LINEAR:
-            nodes.store(nodes.linear(x, "injection.embeds"), lane["injected"])
-        return nodes.graph
-
-    def injected(self, chunk: Chunk, lane: TensorGroup) -> Graph:
-        """Lane's embeds -> their share of a linear injection, for positions whose prelude ran before."""
-        nodes = _Nodes(self, 0, chunk)
-        nodes.store(nodes.linear(nodes.rows(lane["embeds"]), "injection.embeds"), lane["injected"])
-        return nodes.graph
-
-    def core(self, chunk: Chunk, lane: TensorGroup, planes: Sequence[TensorGroup], r: int) -> Graph:
-        """As many passes as there are planes: state r -> state r + n; even and odd states take turns in the lane."""
-        nodes = _Nodes(self, self.config.n_core * len(planes), chunk)
-        state = nodes.rows(lane[f"state{r % 2}"])
-        for i, kv in enumerate(planes, start=r):
-            if i > r and i == r + len(planes) - 1:  # what the last pass changes is measured
-                nodes.store(state, lane[f"state{i % 2}"])
-            state = nodes.stage("core", nodes.inject(state, lane, i), kv)
-        nodes.store(state, lane[f"state{(r + len(planes)) % 2}"])
-        return nodes.graph
-
-    def coda(self, chunk: Chunk, lane: TensorGroup, kv: TensorGroup, r: int, n_out: int) -> Graph:
-        """State r -> lane's output of the coda, for the last ``n_out`` rows; the others only leave keys and values."""
-        nodes = _Nodes(self, self.config.n_coda, chunk)
-        nodes.store_last(nodes.coda(lane, kv, r, n_out), lane["output"], n_out)
-        return nodes.graph
-
-    def coda_and_head(self, chunk: Chunk, lane: TensorGroup, kv: TensorGroup, r: int) -> Graph:
-        """State r -> io's logits of the last row."""
-        nodes = _Nodes(self, self.config.n_coda, chunk)
-        nodes.head(nodes.coda(lane, kv, r, 1), 1)
+    def span(self, chunk: Chunk, lane: TensorGroup, planes: Planes, work: Work) -> Graph:
+        """What ``work`` says, on the lane's rows; even and odd states take turns in the lane."""
+        nodes = _Nodes(self, self._n_layer(work), chunk)
+        if work.begins is Begins.PRELUDE:
+            nodes.store(nodes.stage("prelude", nodes.embed(), planes("prelude", 0)), lane["embeds"])
+        if work.begins is not None and self.config.injection is Injection.CONCAT_LINEAR:
+            nodes.store(nodes.linear(nodes.rows(lane["embeds"]), "injection.embeds"), lane["injected"])
+        state = nodes.rows(lane[f"state{work.parity}"])
+        last = len(work.passes) - 1
+        for i, index in enumerate(work.passes):
+            if 0 < i == last:  # what the last pass changes is measured
+                nodes.store(state, lane[f"state{(work.parity + i) % 2}"])
+            state = nodes.stage("core", nodes.inject(state, lane, work.starts and i == 0), planes("core", index))
+        if work.passes:
+            nodes.store(state, lane[f"state{(work.parity + len(work.passes)) % 2}"])
+        if work.ends is not None:
+            self._coda(nodes, state, lane, planes("coda", 0), work.ends)
         return nodes.graph
 
     def head(self, chunk: Chunk, lane: TensorGroup) -> Graph:
@@ -78,6 +95,20 @@ class GraphFactory:
         nodes = _Nodes(self, 0, chunk)
         nodes.head(nodes.rows(lane["output"]), chunk.n)
         return nodes.graph
+
+    def _n_layer(self, work: Work) -> int:
+        config = self.config
+        around = (config.n_prelude if work.begins else 0) + (config.n_coda if work.ends else 0)
+        return around + config.n_core * len(work.passes)
+
+    def _coda(self, nodes: "_Nodes", state: Tensor, lane: TensorGroup, kv: TensorGroup, ends: Ends) -> None:
+        n_out = {Ends.KEYS: 0, Ends.LOGITS: 1, Ends.OUTPUT: nodes.chunk.n}[ends]
+        x = nodes.norm(state, "output_norm") if self.config.norm_after_core else state
+        x = nodes.stage("coda", x, kv, n_out)
+        if ends is Ends.OUTPUT:
+            nodes.store(x, lane["output"])
+        elif ends is Ends.LOGITS:
+            nodes.head(x, 1)
 
 
 class _Nodes:
@@ -121,19 +152,6 @@ class _Nodes:
         """Copy x, [E, T], into this chunk's rows of a lane tensor."""
         self._copy(x, self.rows(target))
 
-    def store_last(self, x: Tensor, target: Tensor, n: int) -> None:
-        """Copy x, [E, n], into the last n of this chunk's rows of a lane tensor."""
-        if n:
-            first = self.chunk.offset + self.chunk.n - n
-            self._copy(x, self._view_rows(target, self.config.n_embd, first, n))
-
-    def coda(self, lane: TensorGroup, kv: TensorGroup, r: int, n_out: int) -> Tensor:
-        """The coda's output, [E, n_out]."""
-        x = self.rows(lane[f"state{r % 2}"])
-        if self.config.norm_after_core:
-            x = self.norm(x, "output_norm")
-        return self.stage("coda", x, kv, n_out)
-
     def head(self, x: Tensor, n: int) -> None:
         """Logits of x, [E, n], into the first rows of io's."""
         x = self.linear(self.norm(x, "output_norm"), "token_embd" if self.config.tied_head else "output", n)
@@ -160,15 +178,15 @@ class _Nodes:
             x = self.lib.ggml_scale(self.context, x, self.config.embed_scale)
         return x
 
-    def inject(self, state: Tensor, lane: TensorGroup, r: int) -> Tensor:
-        """What pass r feeds its first core layer: [E, T]."""
+    def inject(self, state: Tensor, lane: TensorGroup, starts: bool) -> Tensor:
+        """What a pass, the first of all or another, feeds its first core layer: [E, T]."""
         match self.config.injection:
             case Injection.CONCAT_LINEAR:
                 return self.add(self.linear(state, "injection.state"), self.rows(lane["injected"]))
             case Injection.ADD:
                 return self.add(state, self.rows(lane["embeds"]))
             case Injection.NONE:
-                return self.add(state, self.rows(lane["embeds"])) if r == 0 else state
+                return self.add(state, self.rows(lane["embeds"])) if starts else state
 
     def stage(self, stage: str, x: Tensor, kv: TensorGroup, n_out: int | None = None) -> Tensor:
         """All layers of a stage: [E, T] -> [E, T], or [E, n_out]: the last rows alone where no other is wanted."""

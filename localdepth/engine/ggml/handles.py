@@ -50,6 +50,7 @@ class TensorGroup:
 
     def __init__(self, lib: Ggml, tensors: Mapping[str, TensorSpec], place: "int | Memory | None" = None) -> None:
         self._lib = lib
+        self._dtypes = {name: _DTYPES.get(kind) for name, (kind, _) in tensors.items()}  # None for blocks of quants
         self._views: dict[str, npt.NDArray[Any]] = {}  # contents of tensors in memory of our own, flat
         self._stack = ExitStack()
         self._finalizer = weakref.finalize(self, self._stack.close)
@@ -84,8 +85,17 @@ class TensorGroup:
         assert offset + array.nbytes <= self._lib.ggml_nbytes(self[name]), "array fits its tensor"
         self._lib.ggml_backend_tensor_set(self[name], array.ctypes.data, offset, array.nbytes)
 
+    def fill(self, name: str, value: float, first: int, n: int) -> None:
+        """Write the same number to n elements of a tensor, from ``first`` on."""
+        if (view := self._views.get(name)) is not None:
+            view[first : first + n] = value
+        else:
+            self.write(name, np.full(n, value, self._dtypes[name]), first)
+
     def read(self, name: str, shape: Sequence[int]) -> npt.NDArray[np.float32]:
         """Float32 values from the beginning of a tensor, in an array of their own."""
+        if (view := self._views.get(name)) is not None:
+            return view[: math.prod(shape)].reshape(shape).copy()
         out = np.empty(shape, np.float32)
         self.read_into(name, out)
         return out

@@ -6,7 +6,7 @@ what the *latest* lookup of ``slots.visible`` finds there.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import numpy as np
 
@@ -64,7 +64,7 @@ class GgmlKv:
         self.embeds, self.states = lazy_zeros((2, limits.n_ctx, config.n_embd), np.float32)
         self._planes: dict[str, list[TensorGroup]] = {stage: [] for stage in STAGES}  # by pass in the core, else one
         self._lane: TensorGroup | None = None
-        self._graphs: OrderedDict[tuple[object, ...], Graph] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
         self._n_nodes = 0  # in them
         self.busy = False  # a span is open
         self.closed = False
@@ -107,7 +107,7 @@ class GgmlKv:
         lane.read_into(f"state{depth % 2}", self.states[rows])
         self.depths[first:] = [depth] * n
 
-    def graph(self, key: tuple[object, ...], build: Callable[[], Graph]) -> Graph:
+    def graph(self, key: Hashable, build: Callable[[], Graph]) -> Graph:
         """A decode graph, built once; the least recently used make room."""
         graph = self._graphs.get(key)
         if graph is None:
@@ -119,7 +119,7 @@ class GgmlKv:
         self._graphs.move_to_end(key)
         return graph
 
-    def _drop(self, key: tuple[object, ...]) -> None:
+    def _drop(self, key: Hashable) -> None:
         graph = self._graphs.pop(key)
         self._n_nodes -= graph.max_nodes
         graph.close()

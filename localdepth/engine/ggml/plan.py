@@ -11,7 +11,7 @@ from functools import partial
 from localdepth.config import Injection
 from localdepth.engine.base import Limits, n_slots
 from localdepth.engine.ggml.device import CpuDevice, Device
-from localdepth.engine.ggml.graph import Chunk, GraphFactory
+from localdepth.engine.ggml.graph import Begins, Chunk, Ends, GraphFactory, Work
 from localdepth.engine.ggml.handles import Graph
 from localdepth.engine.ggml.kv import GgmlKv, new_lane, plane_bytes
 from localdepth.engine.ggml.lib import Ggml
@@ -106,15 +106,11 @@ def largest_graphs(factory: GraphFactory, device: Device, limits: Limits, stack:
     stack.callback(kv.close)
     lane = new_lane(device, config, max(n, HEAD_ROWS))
     stack.callback(lane.close)
-    kinds = []
-    for chunk in (Chunk(0, n, limits.n_ctx), Chunk(0, 1, limits.n_ctx)):
-        kinds += [
-            partial(factory.prelude, chunk, lane, kv.tensors("prelude", 0)),
-            partial(factory.core, chunk, lane, [kv.tensors("core", 0)] * 2, 0),
-            partial(factory.coda, chunk, lane, kv.tensors("coda", 0), 0, chunk.n),
-            partial(factory.coda_and_head, chunk, lane, kv.tensors("coda", 0), 0),
-        ]
-    kinds.append(partial(factory.head, Chunk(0, HEAD_ROWS, 1), lane))
+    kinds = [partial(factory.head, Chunk(0, HEAD_ROWS, 1), lane)]
+    for rows in (n, 1):
+        for ends in (None, Ends.OUTPUT, Ends.LOGITS):
+            work = Work(Begins.PRELUDE, passes=(0, 0, 0), parity=0, starts=True, ends=ends)
+            kinds.append(partial(factory.span, Chunk(0, rows, limits.n_ctx), lane, kv.tensors, work))
     for build in kinds:
         graph = build()
         stack.callback(graph.close)

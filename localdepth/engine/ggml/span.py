@@ -1,14 +1,13 @@
 """Open positions of one sequence: their working rows, and how they fall into chunks."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from localdepth.config import ModelConfig
-from localdepth.engine.base import F32, Limits, Rows
+from localdepth.engine.base import F32, Ids, Limits, Rows
 from localdepth.engine.ggml.device import Device
-from localdepth.engine.ggml.graph import Chunk
+from localdepth.engine.ggml.graph import Begins, Chunk
 from localdepth.engine.ggml.kv import GgmlKv, new_lane
 
 __all__ = ["GgmlSpan"]
@@ -17,15 +16,36 @@ _KV_BUCKET = 256  # attention reads a multiple of this many positions, so that g
 
 
 class GgmlSpan:
-    """Open positions of one sequence; e and s stay in ggml tensors."""
+    """Open positions of one sequence; e and s stay in ggml tensors.
 
-    def __init__(self, kv: GgmlKv, device: Device, config: ModelConfig, limits: Limits, start: int, n: int) -> None:
-        self._shape = n, config.n_embd
+    Attributes:
+        r: passes that were asked for.
+        done: passes that were computed.
+        begins: what must be computed before the next pass.
+        ids: tokens [n], of a new span.
+        coda_rows: which rows the coda gave at r.
+        last_logits: at r, [1, n_vocab].
+    """
+
+    def __init__(
+        self,
+        kv: GgmlKv,
+        device: Device,
+        config: ModelConfig,
+        limits: Limits,
+        start: int,
+        n: int,
+        look: Callable[["GgmlSpan"], None],
+    ) -> None:
+        self._shape, self._look = (n, config.n_embd), look
         self.kv, self.start, self.n, self.r = kv, start, n, 0
+        self.done = 0
+        self.begins: Begins | None = None
+        self.ids: Ids = np.empty(0, np.int32)
         self.lane = kv.lane if n == 1 else new_lane(device, config, n)
         self.chunks = tuple(_chunks(limits, start, n))
-        self.coda_rows: Rows | None = None  # which rows the coda gave at r
-        self.last_logits: F32 | None = None  # at r
+        self.coda_rows: Rows | None = None
+        self.last_logits: F32 | None = None
 
     @property
     def change(self) -> float:
@@ -41,16 +61,6 @@ class GgmlSpan:
     def embeds(self) -> F32:
         return self._read("embeds")
 
-    @contextmanager
-    def opening(self) -> Iterator[None]:
-        """Mark the Kv as busy; where opening fails, free it."""
-        self.kv.busy = True
-        try:
-            yield
-        except BaseException:
-            self.end()
-            raise
-
     def end(self) -> None:
         """Leave the Kv free for the next span."""
         self.kv.busy = False
@@ -58,6 +68,8 @@ class GgmlSpan:
             self.lane.close()
 
     def _read(self, name: str) -> F32:
+        """Rows of the lane, [n, n_embd], computed as far as was asked."""
+        self._look(self)
         return self.lane.read(name, self._shape)
 
 
