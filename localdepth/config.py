@@ -47,6 +47,8 @@ _LIMITS = {
     "rope_scaling_original_n_ctx": 1 << 24,
 }
 
+# Fields that came after the first files: those lack them, and mean the default.
+_LATER = frozenset({"v_bias"})
 
 # Beginnings of the names that models without a loop give themselves, in GGUF and in Hugging Face configs.
 PLAIN_MODELS = ("llama", "mistral", "olmo2", "qwen", "gemma", "phi")
@@ -73,6 +75,7 @@ class QkNorm(StrEnum):
 
     NONE = "none"
     FULL = "full"  # over the full projected width, before the head split: OLMo-2
+    HEAD = "head"  # over each head by itself, one weight for all heads: Qwen3
 
 
 class RopeStyle(StrEnum):
@@ -125,6 +128,7 @@ class ModelConfig:
     norm_placement: NormPlacement = NormPlacement.PRE
     qk_norm: QkNorm = QkNorm.NONE
     qk_bias: bool = False
+    v_bias: bool = False
     rope_style: RopeStyle = RopeStyle.HALF
     rope_base: float = 10000.0
     rope_scaling: RopeScaling = RopeScaling.NONE
@@ -156,10 +160,6 @@ class ModelConfig:
             raise ConfigError(f"n_head={self.n_head} is not a multiple of n_head_kv={self.n_head_kv}")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} is odd; rotary positions need pairs")
-        if self.qk_bias and self.n_head != self.n_head_kv:
-            raise ConfigError(
-                f"qk_bias needs as many key heads as query heads, got n_head={self.n_head}, n_head_kv={self.n_head_kv}"
-            )
         for name in ("norm_eps", "rope_base", "embed_scale", "rope_scaling_factor"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be positive")
@@ -212,6 +212,8 @@ class ModelConfig:
 
     def _block_tensors(self) -> dict[str, tuple[int, ...]]:
         n, q, kv, ff = self.n_embd, self.n_embd_q, self.n_embd_kv, self.n_ff
+        norms = self.qk_norm is not QkNorm.NONE
+        q_norm, k_norm = (q, kv) if self.qk_norm is QkNorm.FULL else (self.head_dim, self.head_dim)
         before = self.norm_placement is not NormPlacement.POST_BRANCH
         after = self.norm_placement is not NormPlacement.PRE
         return {
@@ -220,7 +222,8 @@ class ModelConfig:
             "attn_k.weight": (kv, n),
             "attn_v.weight": (kv, n),
             **({"attn_q.bias": (q,), "attn_k.bias": (kv,)} if self.qk_bias else {}),
-            **({"attn_q_norm.weight": (q,), "attn_k_norm.weight": (kv,)} if self.qk_norm is QkNorm.FULL else {}),
+            **({"attn_v.bias": (kv,)} if self.v_bias else {}),
+            **({"attn_q_norm.weight": (q_norm,), "attn_k_norm.weight": (k_norm,)} if norms else {}),
             "attn_output.weight": (n, q),
             **({"attn_post_norm.weight": (n,)} if after else {}),
             **({"ffn_norm.weight": (n,)} if before else {}),
@@ -293,16 +296,16 @@ class ModelConfig:
         known = {item.name: item for item in fields(cls)}
         if unknown := sorted(set(record) - set(known)):
             raise ConfigError(f"unknown model fields {', '.join(unknown)}; written by a newer version of localdepth?")
-        if missing := [name for name in known if name not in record]:
+        if missing := [name for name in known if name not in record and name not in _LATER]:
             raise ConfigError(f"missing model fields {', '.join(missing)}")
-        return cls(**{name: _revive(name, record[name], item.type) for name, item in known.items()})
+        return cls(**{name: _revive(name, value, known[name].type) for name, value in record.items()})
 
 
 def plain_model(kind: str, where: str) -> str:
     """What to tell someone who brings a model without a loop: what it is, and how it becomes one of ours."""
     return (
-        f"plain {kind:.40} model without a core to repeat; make {where} a looped one and train it: "
-        "localdepth retrofit BASE -o OUT (planned; not in this version)"
+        f"plain {kind:.40} model without a core to repeat; make {where} a looped one, then train it: "
+        "localdepth retrofit BASE -o OUT --prelude 0-3 --core 10-17 --coda 18-21 (whichever layers of it you choose)"
     )
 
 

@@ -23,7 +23,9 @@ _FLOATS = st.one_of(
     st.floats(),
 )
 _TEXTS = st.one_of(
-    st.sampled_from([b"", b"\xff", b"none", b"add", b"concat_linear", b"pre", b"on_sum", b"half", b"{{ messages }}"]),
+    st.sampled_from(
+        [b"", b"\xff", b"none", b"head", b"add", b"concat_linear", b"pre", b"on_sum", b"half", b"{{ messages }}"]
+    ),
     st.binary(max_size=20),
 )
 _SCALARS = {  # how each type of value is packed, and what

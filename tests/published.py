@@ -1,4 +1,7 @@
-"""Makes checkpoints in the published layouts, with weights from a seed, so that tests need no foreign files."""
+"""Makes checkpoints of every family, with weights from a seed, so that tests need no foreign files.
+
+Families that were published come in their published layout, the others in ours.
+"""
 
 import json
 import math
@@ -11,9 +14,10 @@ from safetensors.numpy import save_file
 
 from localdepth.config import ModelConfig, NormPlacement, QkNorm, RopeScaling, RopeStyle, StateInit
 from localdepth.engine.toy import random_weights
-from localdepth_train.layouts import published_parts
+from localdepth_train.checkpoint import save
+from localdepth_train.published import published_parts
 
-__all__ = ["CONFIGS", "EXPECTED", "make_checkpoint", "published_tensors", "weights_of"]
+__all__ = ["CONFIGS", "EXPECTED", "FAMILIES", "make_checkpoint", "published_tensors", "weights_of"]
 
 _SHARED: dict[str, Any] = {
     "architectures": ["RavenForCausalLM"],
@@ -114,6 +118,13 @@ EXPECTED: dict[str, ModelConfig] = {
         qk_norm=QkNorm.FULL,
     ),
 }
+_QWEN = {**_LLAMA, "norm_eps": 1e-6, "rope_base": 1e6}
+# The same, and those that only our own layout holds.
+FAMILIES: dict[str, ModelConfig] = {
+    **EXPECTED,
+    "retrofit_qwen2": ModelConfig(**_QWEN, qk_bias=True, v_bias=True, tied_head=True),
+    "retrofit_qwen3": ModelConfig(**{**_QWEN, "head_dim": 16}, qk_norm=QkNorm.HEAD),
+}
 
 
 def published_tensors(config: ModelConfig, weights: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -136,7 +147,7 @@ def published_tensors(config: ModelConfig, weights: dict[str, NDArray[Any]]) -> 
 
 def weights_of(kind: str, seed: int = 0) -> tuple[ModelConfig, dict[str, NDArray[np.float32]]]:
     """Config and weights of one family, the loop damped so that it settles as trained ones do."""
-    config = EXPECTED[kind]
+    config = FAMILIES[kind]
     weights = random_weights(config, seed)
     return config, {name: np.float32(0.7) * w if name == "injection.state.weight" else w for name, w in weights.items()}
 
@@ -144,6 +155,8 @@ def weights_of(kind: str, seed: int = 0) -> tuple[ModelConfig, dict[str, NDArray
 def make_checkpoint(folder: Path, kind: str, seed: int = 0, dtype: Any = np.float32) -> Path:
     """A directory as a user has it on disk."""
     config, weights = weights_of(kind, seed)
+    if kind not in CONFIGS:
+        return save(folder, config, {name: array.astype(dtype) for name, array in weights.items()})
     folder.mkdir(parents=True, exist_ok=True)
     tensors = published_tensors(config, weights)
     tensors["freqs_cis"] = np.zeros((1, 4, 1, 2, 2), np.float32)

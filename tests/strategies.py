@@ -28,7 +28,6 @@ def _floats(low: float, high: float) -> st.SearchStrategy[float]:
 def configs(draw: st.DrawFn) -> ModelConfig:
     """Models of at most six layers and some hundred thousand numbers; every option takes every value."""
     n_head_kv = draw(st.integers(1, 2))
-    qk_bias = draw(st.booleans())
     auto_min_depth, default_depth, max_depth = sorted(draw(st.tuples(*[st.integers(1, 70)] * 3)))
     state_init = draw(st.sampled_from(StateInit))
     low_freq_factor = draw(_floats(0.5, 2.0))
@@ -37,7 +36,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         n_core=draw(st.integers(1, 2)),
         n_coda=draw(st.integers(0, 2)),
         n_embd=draw(st.sampled_from([6, 32, 48, 256])),
-        n_head=n_head_kv * (1 if qk_bias else draw(st.integers(1, 2))),
+        n_head=n_head_kv * draw(st.integers(1, 2)),
         n_head_kv=n_head_kv,
         head_dim=draw(st.sampled_from([2, 6, 16])),
         n_ff=draw(st.sampled_from([5, 32, 96, 256])),
@@ -47,7 +46,8 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         injection=draw(st.sampled_from(Injection)),
         norm_placement=draw(st.sampled_from(NormPlacement)),
         qk_norm=draw(st.sampled_from(QkNorm)),
-        qk_bias=qk_bias,
+        qk_bias=draw(st.booleans()),
+        v_bias=draw(st.booleans()),
         rope_style=draw(st.sampled_from(RopeStyle)),
         rope_base=draw(_floats(10.0, 1e6)),
         rope_scaling=draw(st.sampled_from(RopeScaling)),

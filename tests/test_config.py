@@ -7,7 +7,7 @@ from hypothesis import given
 
 from localdepth.config import Injection, ModelConfig, NormPlacement, QkNorm
 from localdepth.errors import ConfigError, DepthError
-from tests.published import EXPECTED
+from tests.published import EXPECTED, FAMILIES
 from tests.strategies import configs
 
 HUGINN = EXPECTED["huginn"]
@@ -26,7 +26,6 @@ def test_a_record_survives_the_round_trip(config: ModelConfig) -> None:
         ({"n_embd": 1 << 30}, "damaged"),
         ({"n_head_kv": 3}, "multiple of n_head_kv=3"),
         ({"head_dim": 7}, "odd"),
-        ({"n_head_kv": 2}, "qk_bias"),
         ({"norm_eps": 0.0}, "norm_eps=0.0"),
         ({"norm_eps": float("nan")}, "finite"),
         ({"state_std": -1.0}, "negative"),
@@ -36,6 +35,7 @@ def test_a_record_survives_the_round_trip(config: ModelConfig) -> None:
         ({"n_vocab": True}, "type int"),
         ({"rope_base": 10000}, "type float"),
         ({"rope_scaling": "llama3"}, "type RopeScaling"),
+        ({"v_bias": 1}, "type bool"),
     ],
 )
 def test_contradictions_are_refused(change: dict[str, object], message: str) -> None:
@@ -47,10 +47,20 @@ def test_missing_and_unknown_fields_are_named() -> None:
     record = HUGINN.to_dict()
     with pytest.raises(ConfigError, match="missing model fields n_embd"):
         ModelConfig.from_dict({key: value for key, value in record.items() if key != "n_embd"})
+    with pytest.raises(ConfigError, match="missing model fields qk_bias"):
+        ModelConfig.from_dict({key: value for key, value in record.items() if key != "qk_bias"})
     with pytest.raises(ConfigError, match="unknown model fields n_loops"):
         ModelConfig.from_dict({**record, "n_loops": 4})
+    with pytest.raises(ConfigError, match="qk_norm='heads' is not one of none, full, head"):
+        ModelConfig.from_dict({**record, "qk_norm": "heads"})
     with pytest.raises(ConfigError, match="injection='gate' is not one of concat_linear, add, none"):
         ModelConfig.from_dict({**record, "injection": "gate"})
+
+
+def test_a_field_that_came_later_may_be_missing() -> None:
+    record = HUGINN.to_dict()
+    del record["v_bias"]
+    assert ModelConfig.from_dict(record) == HUGINN
 
 
 @pytest.mark.parametrize("depth", [0, -1, 65, True, 2.0, "4", None])
@@ -77,6 +87,13 @@ def test_tensors_follow_the_options() -> None:
     olmo = replace(added, norm_placement=NormPlacement.POST_BRANCH, qk_norm=QkNorm.FULL)
     norms = {name.removeprefix("core.0.") for name in olmo.tensors() if name.startswith("core.0.") and "norm" in name}
     assert norms == {"attn_q_norm.weight", "attn_k_norm.weight", "attn_post_norm.weight", "ffn_post_norm.weight"}
+
+
+def test_qwen_blocks_have_biases_on_all_inputs_or_a_norm_on_every_head() -> None:
+    qwen2, qwen3 = (FAMILIES[kind].tensors() for kind in ("retrofit_qwen2", "retrofit_qwen3"))
+    biases = {name: shape for name, shape in qwen2.items() if name.startswith("core.0.") and name.endswith(".bias")}
+    assert biases == {"core.0.attn_q.bias": (48,), "core.0.attn_k.bias": (24,), "core.0.attn_v.bias": (24,)}
+    assert qwen3["core.0.attn_q_norm.weight"] == qwen3["core.0.attn_k_norm.weight"] == (16,)
 
 
 def test_parameters_of_the_published_huginn_are_counted() -> None:

@@ -30,7 +30,7 @@ from localdepth.model import Model
 from localdepth.prefix import PrefixCache
 from localdepth.quant import Quant
 from tests import engines
-from tests.published import EXPECTED
+from tests.published import FAMILIES
 from tests.rpc.build import build
 from tests.rpc.device import register, serve
 
@@ -38,7 +38,7 @@ folder = Path(sys.argv[1])
 rpc = build(folder)
 with serve(rpc) as endpoint:
     register(rpc, endpoint)
-    for name, config in EXPECTED.items():
+    for name, config in FAMILIES.items():
         config = replace(config, n_ctx=64)
         weights = random_weights(config, 1)
         for quant, ring in ((Quant.F32, None), (Quant.F32, 3), (Quant.Q8_0, None)):

@@ -18,7 +18,7 @@ from localdepth.errors import ConfigError, ContextOverflow, DepthError, EngineEr
 from localdepth.loop import forward
 from localdepth.policy.base import Decision, Seen
 from tests import engines
-from tests.published import weights_of
+from tests.published import FAMILIES, weights_of
 from tests.strategies import configs
 
 ATOL = 1e-4  # float32, relative to logits of size one; sums run in another order
@@ -51,7 +51,7 @@ def test_all_engines_agree_on_any_model(config: ModelConfig, seed: int, depth: i
 
 
 @BOTH
-@pytest.mark.parametrize("family", ["huginn", "retrofit_llama", "retrofit_llama3", "retrofit_olmo2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_cached_equals_uncached_for_a_plane_per_pass(kind: str, family: str, tmp_path: Path) -> None:
     engine = engine_of(kind, tmp_path, family)
     [whole] = engines.run(engine, IDS, [5])
@@ -299,7 +299,7 @@ def test_initial_states_depend_on_seed_and_position_alone() -> None:
 @BOTH
 @pytest.mark.parametrize("n", [1, 7])
 @pytest.mark.parametrize("ring", [None, 2])
-@pytest.mark.parametrize("family", ["huginn", "retrofit_llama"])
+@pytest.mark.parametrize("family", ["huginn", "retrofit_llama", "retrofit_qwen2", "retrofit_qwen3"])
 def test_passes_at_once_equal_passes_one_by_one(
     kind: str, n: int, ring: int | None, family: str, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ from localdepth_export.recipe import Recipe
 from localdepth_export.verification import verify
 from localdepth_train.checkpoint import save
 from tests.conftest import TEMPLATE, tokenizer_json
-from tests.published import EXPECTED, make_checkpoint, weights_of
+from tests.published import EXPECTED, FAMILIES, make_checkpoint, weights_of
 
 # Every row holds a block of 256.
 WIDE = replace(
@@ -39,7 +39,7 @@ WIDE = replace(
 )
 
 
-@pytest.mark.parametrize("kind", EXPECTED)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_float32_files_hold_the_checkpoint_bit_for_bit(kind: str, tmp_path: Path) -> None:
     config, weights = weights_of(kind)
     done = to_gguf(make_checkpoint(tmp_path / "c", kind), tmp_path / "m.gguf", quant="F32")
@@ -171,8 +171,9 @@ def test_an_export_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
     assert (tmp_path / "m.gguf").read_bytes() == b"GGUF old"
 
 
-def test_verification_is_written_into_the_file(tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "c", "retrofit_olmo2")
+@pytest.mark.parametrize("kind", ["retrofit_olmo2", "retrofit_qwen2", "retrofit_qwen3"])
+def test_verification_is_written_into_the_file(kind: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", kind)
     to_gguf(checkpoint, tmp_path / "m.gguf", quant="F32")
     with read(tmp_path / "m.gguf") as file:
         assert file.check == Check(CheckStatus.UNVERIFIED)

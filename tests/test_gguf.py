@@ -249,6 +249,11 @@ def test_a_missing_field_is_named(parts: Parts, refused: Refused, name: str) -> 
     refused(parts.encode(), f"missing model fields {name}; export the model again")
 
 
+def test_a_file_written_before_a_field_came_means_its_default(parts: Parts, opened: Opened) -> None:
+    parts.drop("localdepth.v_bias")
+    assert opened(parts.encode()).config == CONFIG
+
+
 @pytest.mark.parametrize(
     ("name", "item", "match"),
     [

@@ -19,7 +19,7 @@ from tests import engines
 from tests.conftest import ROOT, TEMPLATE, tokenizer_json
 from tests.gguf_parts import BOOL, F64, STRING, U32, taken_apart, text
 from tests.mutations import Mutant, mutants
-from tests.published import EXPECTED
+from tests.published import FAMILIES
 from tests.victim import Outcome, Victim
 
 SECONDS = 10.0  # of one file; sound ones take some hundredths
@@ -41,7 +41,7 @@ def real_files(folder: Path) -> dict[str, bytes]:
     """The default model, and a small one of every family in every quant; every other one has a tokenizer."""
     files = {"default": (ROOT / "localdepth" / "models" / DEFAULT_MODEL).read_bytes()}
     speaking = TokenizerRecord(tokenizer_json(), bos=0, eos=(1,), add_bos=True, chat_template=TEMPLATE)
-    for kind in EXPECTED:
+    for kind in FAMILIES:
         for quant in Quant:
             config, record = sizes(kind, quant), speaking if len(files) % 2 else None
             weights = random_weights(config, seed=len(files))
@@ -53,7 +53,7 @@ def real_files(folder: Path) -> dict[str, bytes]:
 def sizes(kind: str, quant: Quant) -> ModelConfig:
     """Three layers, as narrow as the quant's blocks allow."""
     width = {1: 48, 32: 64, 256: 256}[quant.block]
-    return replace(EXPECTED[kind], n_vocab=300, n_ctx=256, n_prelude=1, n_core=1, n_coda=1, n_embd=width, n_ff=width)
+    return replace(FAMILIES[kind], n_vocab=300, n_ctx=256, n_prelude=1, n_core=1, n_coda=1, n_embd=width, n_ff=width)
 
 
 def survives(mutant: Mutant, victim: Victim, folder: Path) -> Outcome:

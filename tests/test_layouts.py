@@ -16,7 +16,7 @@ from localdepth.gguf import read
 from localdepth.loop import forward
 from localdepth.quant import Quant
 from tests import engines
-from tests.published import EXPECTED
+from tests.published import FAMILIES
 
 ROUNDING = 2e-5  # float32, another order of additions
 QUANTISED = 2e-2  # the mean, with rounded activations: random weights amplify each rounding over four passes
@@ -24,8 +24,8 @@ SIZES = {"n_embd": 256, "n_head": 4, "n_head_kv": 2, "head_dim": 64, "n_ff": 512
 MANY = [Quant.Q4_0, Quant.Q4_K, Quant.Q5_K, Quant.Q6_K, Quant.Q5_0, Quant.Q8_0, Quant.F16, Quant.BF16]
 
 
-def config(**changes: object) -> ModelConfig:
-    return replace(EXPECTED["retrofit_llama"], **{**SIZES, **changes})  # type: ignore[arg-type]  # sizes are ints
+def config(family: str = "retrofit_llama", **changes: object) -> ModelConfig:
+    return replace(FAMILIES[family], **{**SIZES, **changes})  # type: ignore[arg-type]  # sizes are ints
 
 
 def engine(path: Path, *, low_memory: bool = False) -> GgmlEngine:
@@ -43,9 +43,11 @@ def logits(engine: Engine, steps: list[int]) -> F32:
     return np.concatenate(rows)
 
 
+@pytest.mark.parametrize("family", ["retrofit_llama", "retrofit_qwen2", "retrofit_qwen3"])
 @pytest.mark.parametrize("quant", MANY)
-def test_packed_and_plain_layouts_agree_for_any_number_of_rows(tmp_path: Path, quant: Quant) -> None:
-    path = engines.write_model(tmp_path / "m.gguf", config(), random_weights(config(), 2), quant)
+def test_packed_and_plain_layouts_agree_for_any_number_of_rows(tmp_path: Path, quant: Quant, family: str) -> None:
+    made = config(family)
+    path = engines.write_model(tmp_path / "m.gguf", made, random_weights(made, 2), quant)
     packed, plain = engine(path), engine(path, low_memory=True)
     for steps in ([1] * 6, [2, 3, 4, 7, 8], [40, 1, 1], [5, 64, 1]):
         assert np.abs(logits(packed, steps) - logits(plain, steps)).mean() < QUANTISED
@@ -79,10 +81,10 @@ def test_a_matrix_whose_shape_a_layout_refuses_stays_plain(tmp_path: Path) -> No
     assert np.abs(packed - plain).mean() < QUANTISED
 
 
-@pytest.mark.parametrize("family", sorted(EXPECTED))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("n_coda", [0, 1, 2])
 def test_rows_cut_before_the_last_layer_leave_the_last_logits(tmp_path: Path, family: str, n_coda: int) -> None:
-    shape = replace(EXPECTED[family], n_coda=n_coda, n_ctx=64)
+    shape = replace(FAMILIES[family], n_coda=n_coda, n_ctx=64)
     made = engines.make("ggml", shape, random_weights(shape, 3), tmp_path, n_batch=8)
     ids = np.arange(21, dtype=np.int32)
     kvs = [made.open(3) for _ in range(2)]
@@ -95,7 +97,7 @@ def test_rows_cut_before_the_last_layer_leave_the_last_logits(tmp_path: Path, fa
 
 
 def test_all_rows_can_be_asked_for_after_the_last(tmp_path: Path) -> None:
-    shape = replace(EXPECTED["huginn"], n_ctx=64)
+    shape = replace(FAMILIES["huginn"], n_ctx=64)
     made = engines.make("ggml", shape, random_weights(shape, 3), tmp_path)
     kv = made.open(2)
     [span] = made.prelude([(kv, np.arange(9, dtype=np.int32))], [None])

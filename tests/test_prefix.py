@@ -21,12 +21,11 @@ from localdepth.prefix import PrefixCache
 from localdepth.prompt import PromptReader
 from localdepth.quant import Quant
 from tests import engines
-from tests.published import EXPECTED
+from tests.published import FAMILIES
 
 ROUNDING = 1e-4  # of logprobs, where products had another number of rows
 QUANTISED = 5e-2  # the same with rounded activations, amplified by random weights
 PROMPT = list(range(40, 61))
-FAMILIES = ("huginn", "retrofit_llama", "retrofit_olmo2")
 
 
 @pytest.fixture(params=["toy", "ggml"])
@@ -36,7 +35,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def load(kind: str, folder: Path, family: str = "huginn", **limits: object) -> Model:
-    config = replace(EXPECTED[family], n_ctx=64)
+    config = replace(FAMILIES[family], n_ctx=64)
     engine = engines.make(kind, config, random_weights(config, seed=5), folder, **{"n_batch": 8, **limits})
     return Model(engine, PromptReader(None, config.n_vocab))
 
@@ -113,7 +112,7 @@ def test_a_shared_beginning_is_reused_in_whole_chunks(model: Model, fresh: Model
 @pytest.mark.parametrize("quant", [Quant.Q8_0, Quant.Q4_K, Quant.F16, Quant.F32])
 def test_what_is_said_to_be_bit_for_bit_is_so_in_every_quant(tmp_path: Path, quant: Quant) -> None:
     """The same prompt, deeper; one that shares two chunks; beginnings, which share whole chunks or none."""
-    config = replace(EXPECTED["retrofit_llama"], n_ctx=64, n_embd=256, n_head=4, n_head_kv=2, head_dim=64, n_ff=256)
+    config = replace(FAMILIES["retrofit_llama"], n_ctx=64, n_embd=256, n_head=4, n_head_kv=2, head_dim=64, n_ff=256)
     path = engines.write_model(tmp_path / "m.gguf", config, random_weights(config, seed=5), quant)
     asked = [(PROMPT, 3), (PROMPT, 5), ([*PROMPT[:17], 4], 6), (PROMPT[:9], 6), (PROMPT[:3], 6), (PROMPT[:1], 6)]
     with read(path) as file:
@@ -129,7 +128,7 @@ def test_what_is_said_to_be_bit_for_bit_is_so_in_every_quant(tmp_path: Path, qua
 
 @pytest.mark.parametrize("quant", [Quant.Q8_0, Quant.Q4_K])
 def test_the_next_turn_of_a_quantised_model_differs_by_rounding(tmp_path: Path, quant: Quant) -> None:
-    config = replace(EXPECTED["retrofit_llama"], n_ctx=64, n_embd=256, n_head=4, n_head_kv=2, head_dim=64, n_ff=256)
+    config = replace(FAMILIES["retrofit_llama"], n_ctx=64, n_embd=256, n_head=4, n_head_kv=2, head_dim=64, n_ff=256)
     path = engines.write_model(tmp_path / "m.gguf", config, random_weights(config, seed=5), quant)
     with read(path) as file:
         both = [Model(GgmlEngine(file, Limits(n_ctx=64, kv_depth=8)), PromptReader(None, config.n_vocab)) for _ in "ab"]
@@ -231,7 +230,7 @@ def test_an_exit_looks_at_every_pass_it_would_have_seen(model: Model) -> None:
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    config = replace(EXPECTED["huginn"], n_ctx=64)
+    config = replace(FAMILIES["huginn"], n_ctx=64)
     made = engines.make("ggml", config, random_weights(config, seed=5), tmp_path_factory.mktemp("engine"), n_batch=4)
     yield made
     made.close()

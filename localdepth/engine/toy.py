@@ -69,10 +69,7 @@ class ToyEngine(EagerEngine):
 
     def _attention(self, prefix: str, x: F32, start: int, attend: Attend) -> F32:
         config = self.config
-        q, k, v = (self._linear(x, f"{prefix}.attn_{side}") for side in "qkv")
-        if config.qk_norm is QkNorm.FULL:
-            q, k = self._norm(q, f"{prefix}.attn_q_norm"), self._norm(k, f"{prefix}.attn_k_norm")
-        q, k, v = (a.reshape(len(x), -1, config.head_dim) for a in (q, k, v))  # [n, heads, head_dim]
+        q, k, v = (self._heads(x, f"{prefix}.attn_{side}") for side in "qkv")
         keys, values = attend(self._rotate(k, start), v)
         shared = config.n_head // config.n_head_kv
         keys, values = np.repeat(keys, shared, axis=1), np.repeat(values, shared, axis=1)
@@ -83,6 +80,14 @@ class ToyEngine(EagerEngine):
         weights /= weights.sum(axis=-1, keepdims=True)
         mixed = np.einsum("hts,shd->thd", weights, values).reshape(len(x), -1)
         return self._linear(mixed, f"{prefix}.attn_output")
+
+    def _heads(self, x: F32, name: str) -> F32:
+        """Queries, keys or values, normed over their whole width or head by head: [n, heads, head_dim]."""
+        by_head = len(x), -1, self.config.head_dim
+        out = self._linear(x, name)
+        if self.config.qk_norm is QkNorm.HEAD:
+            out = out.reshape(by_head)
+        return self._norm(out, f"{name}_norm").reshape(by_head)
 
     def _feed_forward(self, prefix: str, x: F32) -> F32:
         gate = self._linear(x, f"{prefix}.ffn_gate")

@@ -1,4 +1,4 @@
-"""Writes ``expected.npz``: what the reference gave for checkpoints of every family when it equalled the published code.
+"""Writes ``expected.npz``: what the reference gave for models of every family when it equalled the published code.
 
 python -m tests.golden.make
 """
@@ -13,7 +13,7 @@ from localdepth.engine.base import KvType, Limits
 from localdepth_train.objective import loss
 from localdepth_train.reference_engine import ReferenceEngine
 from tests import engines
-from tests.published import EXPECTED, weights_of
+from tests.published import FAMILIES, weights_of
 
 DEPTHS = (1, 2, 4, 8, 16)
 PROMPT = (7, 45, 3, 88, 21, 21, 60, 2, 34)
@@ -47,5 +47,5 @@ def compute(kind: str) -> dict[str, NDArray[np.float32]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    arrays = {f"{kind}/{name}": array for kind in EXPECTED for name, array in compute(kind).items()}
+    arrays = {f"{kind}/{name}": array for kind in FAMILIES for name, array in compute(kind).items()}
     np.savez_compressed(FILE, **{name: np.asarray(array, np.float32) for name, array in arrays.items()})

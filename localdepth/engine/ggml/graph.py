@@ -253,21 +253,15 @@ class _Nodes:
 
     def _remember_all(self, prefix: str, x: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write the keys and values of all rows of x, [E, T], into their planes."""
-        config, lib, n = self.config, self.lib, self.chunk.n
-        k, v = self.linear(x, f"{prefix}.attn_k"), self.linear(x, f"{prefix}.attn_v")
-        if config.qk_norm is QkNorm.FULL:
-            k = self.norm(k, f"{prefix}.attn_k_norm")
-        k = self._rotate(lib.ggml_reshape_3d(self.context, k, config.head_dim, config.n_head_kv, n), n)
-        self._remember(lib.ggml_reshape_2d(self.context, k, config.n_embd_kv, n), keys)
-        self._remember(v, values)
+        config, n = self.config, self.chunk.n
+        k = self._heads(x, f"{prefix}.attn_k", config.n_head_kv, n)
+        self._remember(self.lib.ggml_reshape_2d(self.context, k, config.n_embd_kv, n), keys)
+        self._remember(self.linear(x, f"{prefix}.attn_v"), values)
 
     def _attention(self, prefix: str, x: Tensor, keys: Tensor, values: Tensor, n: int) -> Tensor:
         """What the last n rows, x [E, n], find in the planes."""
         config, lib, context = self.config, self.lib, self.context
-        q = self.linear(x, f"{prefix}.attn_q", n)
-        if config.qk_norm is QkNorm.FULL:
-            q = self.norm(q, f"{prefix}.attn_q_norm")
-        q = self._rotate(lib.ggml_reshape_3d(context, q, config.head_dim, config.n_head, n), n)
+        q = self._heads(x, f"{prefix}.attn_q", config.n_head, n)
         mixed = lib.ggml_flash_attn_ext(
             context,
             lib.ggml_permute(context, q, 0, 2, 1, 3),  # [D, n, H]
@@ -279,6 +273,16 @@ class _Nodes:
             0.0,
         )  # [D, H, n]
         return self.linear(lib.ggml_reshape_2d(context, mixed, config.n_embd_q, n), f"{prefix}.attn_output", n)
+
+    def _heads(self, x: Tensor, name: str, n_head: int, n: int) -> Tensor:
+        """Queries or keys of the last n rows, x [E, n], normed and rotated to their positions: [D, n_head, n]."""
+        x = self.linear(x, name, n)
+        if self.config.qk_norm is QkNorm.FULL:
+            x = self.norm(x, f"{name}_norm")
+        x = self.lib.ggml_reshape_3d(self.context, x, self.config.head_dim, n_head, n)
+        if self.config.qk_norm is QkNorm.HEAD:
+            x = self.norm(x, f"{name}_norm")
+        return self._rotate(x, n)
 
     def _rotate(self, x: Tensor, n: int) -> Tensor:
         """Rotate heads of the last n rows, [D, H, n], to their positions."""
