@@ -7,12 +7,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from localdepth.config import ModelConfig
+from localdepth.engine.toy import random_weights
 from localdepth.errors import CheckpointError, ConfigError, StorageError
-from localdepth_train.checkpoint import Checkpoint, save
-from localdepth_train.layouts import recognise
-from tests.published import CONFIGS, EXPECTED, make_checkpoint, weights_of
+from localdepth_train.checkpoint import Checkpoint, rewrite, save
+from localdepth_train.layouts import LayoutName, recognise
+from tests.published import CONFIGS, EXPECTED, FAMILIES, make_checkpoint, weights_of
+from tests.strategies import configs
 
 KINDS = {
     "huginn": "Huginn",
@@ -77,8 +82,9 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
         Checkpoint(tmp_path)
 
 
-def test_our_own_layout_survives_the_round_trip(tmp_path: Path) -> None:
-    config, weights = weights_of("retrofit_olmo2")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_own_layout_survives_the_round_trip(family: str, tmp_path: Path) -> None:
+    config, weights = weights_of(family)
     save(tmp_path / "own", config, weights, {"tokenizer.json": "{}"})
     checkpoint = Checkpoint(tmp_path / "own")
     assert (checkpoint.kind, checkpoint.config, checkpoint.text("tokenizer.json")) == ("localdepth", config, "{}")
@@ -97,6 +103,74 @@ def test_saving_where_a_file_stands_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
         save(tmp_path / "file", config, weights)
+
+
+@given(configs(), st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]))
+@settings(max_examples=20)
+def test_any_model_survives_the_round_trip_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory, config: ModelConfig, dtype: Any
+) -> None:
+    weights = {name: array.astype(dtype) for name, array in random_weights(config, 0).items()}
+    checkpoint = Checkpoint(save(tmp_path_factory.mktemp("c") / "own", config, weights))
+    assert checkpoint.config == config
+    for name, array in weights.items():
+        raw = np.asarray(checkpoint.unread(name))
+        assert raw.dtype == array.dtype
+        np.testing.assert_array_equal(raw, array)
+
+
+@pytest.mark.parametrize("kind", ["retrofit_llama", "retrofit_llama3", "retrofit_olmo2"])
+def test_published_retrofits_are_written_as_they_were_read(kind: str, tmp_path: Path) -> None:
+    given = make_checkpoint(tmp_path / "given", kind)
+    rewrite(given, tmp_path / "ours", layout=LayoutName.OURS)
+    rewrite(tmp_path / "ours", tmp_path / "again", layout=LayoutName.PUBLISHED)
+    assert Checkpoint(tmp_path / "again").config == Checkpoint(given).config == Checkpoint(tmp_path / "ours").config
+    before, after = (load_file(folder / "model.safetensors") for folder in (given, tmp_path / "again"))
+    assert set(before) - set(after) == {"freqs_cis", "transformer.coda.0.norm_3.weight"}
+    for name, array in after.items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_a_huginn_is_not_written_in_the_published_layout(tmp_path: Path) -> None:
+    config, weights = weights_of("huginn")
+    with pytest.raises(ConfigError, match="layout='theirs' is not one of ours, published"):
+        save(tmp_path / "x", config, weights, layout="theirs")
+    with pytest.raises(ConfigError, match=r"has no place for .*norm_placement=on_sum"):
+        save(tmp_path / "x", config, weights, layout="published")
+    assert not (tmp_path / "x").exists()
+
+
+def test_parts_of_one_tensor_must_be_of_one_type(tmp_path: Path) -> None:
+    config, weights = weights_of("retrofit_llama")
+    mixed = {**weights, "core.0.attn_k.weight": weights["core.0.attn_k.weight"].astype(np.float16)}
+    with pytest.raises(ConfigError, match=r"core\.0\.attn_k\.weight, .* become one tensor and have different types"):
+        save(tmp_path / "x", config, mixed, layout=LayoutName.PUBLISHED)
+    raw = Checkpoint(save(tmp_path / "x", config, mixed)).unread("core.0.attn_k.weight")
+    assert raw.dtype == np.float16
+
+
+def test_saving_tells_how_far_it_is(tmp_path: Path) -> None:
+    config, weights = weights_of("huginn")
+    told: list[tuple[int, int]] = []
+    save(tmp_path / "x", config, weights, on_progress=lambda done, total: told.append((done, total)))
+    n_bytes = 4 * config.n_params
+    assert told[-1] == (n_bytes, n_bytes)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_a_checkpoint_replaces_only_one_of_its_own_layout(tmp_path: Path) -> None:
+    config, weights = weights_of("retrofit_llama")
+    out = save(tmp_path / "x", config, weights)
+    assert save(out, config, weights, {"tokenizer.json": "{}"}) == out
+    with pytest.raises(StorageError, match="would be lost"):
+        save(out, config, weights, layout=LayoutName.PUBLISHED)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(StorageError, match="would be lost"):
+        save(out, config, weights)
+    (out / "notes.txt").unlink()
+    (out / "config.json").write_text("{")
+    with pytest.raises(StorageError, match="would be lost"):
+        save(out, config, weights)
 
 
 def test_a_plain_model_is_told_the_retrofit_line(tmp_path: Path) -> None:
@@ -120,6 +194,7 @@ def test_a_plain_model_is_told_the_retrofit_line(tmp_path: Path) -> None:
         ({"nonlin_name": "GELU"}, "nonlin_name='GELU'"),
         ({"injection_type": "gate"}, "injection_type='gate'"),
         ({"bias": True}, "bias=True"),
+        ({"num_key_value_heads": 2}, "qk_bias .* as many key heads"),
         ({"rope_theta": 10000.0, "max_position_embeddings": 96}, "unknown .*norm_3|unknown .*qk_bias"),
     ],
 )

@@ -13,18 +13,20 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from localdepth.engine.toy import random_weights
-from localdepth.errors import ModelFileError, StorageError
+from localdepth.errors import CheckpointError, ModelFileError, StorageError
 from localdepth.gguf import Check, CheckStatus, read
 from localdepth.quant import Quant
 from localdepth_export.convert import to_gguf
 from localdepth_export.gguf_writer import write_check
-from localdepth_export.output import replacing
-from localdepth_train.checkpoint import save
+from localdepth_train.checkpoint import Checkpoint, save
+from localdepth_train.output import replacing, replacing_folder
 from tests import engines
+from tests.bases import BASES, make_base, write_weights
 from tests.gguf_parts import sound
 from tests.published import EXPECTED
 
@@ -220,3 +222,102 @@ def test_an_export_never_replaces_what_is_no_model_file(checkpoint: Path, tmp_pa
     with pytest.raises(StorageError, match="holds something else and would be lost"):
         to_gguf(checkpoint, own / name)
     assert (own / name).read_bytes() == before
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def retrofitting(base: Path, out: Path) -> "subprocess.Popen[str]":
+    choice = ("--prelude", "0", "--core", "1-2", "--coda", "3")
+    return subprocess.Popen(
+        [sys.executable, "-m", "localdepth", "retrofit", str(base), "-o", str(out), *choice],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain model of 67 million numbers, which take a while to write."""
+    shape = {"hidden_size": 512, "intermediate_size": 4096, "vocab_size": 65536, "num_hidden_layers": 4}
+    folder = make_base(tmp_path_factory.mktemp("base"), "llama3", **shape)
+    write_weights(folder, {**BASES["llama3"], **shape}, ml_dtypes.bfloat16)
+    return folder
+
+
+def kill_retrofit(base: Path, folder: Path) -> bool:
+    """Kill a retrofit that is writing; True where that came before its end."""
+    process = retrofitting(base, folder / "out")
+    try:
+        deadline = time.monotonic() + START_S
+        while process.poll() is None and time.monotonic() < deadline:
+            with suppress(FileNotFoundError):  # it has just got its name
+                if any(path.stat().st_size > 1 << 20 for path in folder.glob(".*/.*")):
+                    break
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.communicate()
+    return bool(hidden(folder))
+
+
+def test_a_killed_retrofit_leaves_the_old_folder_and_the_next_one_tidies_up(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for _ in range(5):
+        save(out, EXPECTED["huginn"], random_weights(EXPECTED["huginn"], seed=1))
+        if kill_retrofit(base, tmp_path):
+            break
+    [left] = hidden(tmp_path)
+    assert Checkpoint(out).config == EXPECTED["huginn"]
+    assert not (left / "config.json").exists()
+    with pytest.raises(CheckpointError):
+        Checkpoint(left)
+    process = retrofitting(base, out)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert os.listdir(tmp_path) == ["out"]
+    assert Checkpoint(out).config.n_core == 2
+
+
+def test_a_folder_without_room_is_an_error_of_ours_and_nothing_changes(tmp_path: Path) -> None:
+    def fill() -> None:
+        with replacing_folder(tmp_path / "out", lambda folder: True) as folder:
+            (folder / "a").write_text("new")
+            raise StorageError("full")
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    with pytest.raises(StorageError, match="full"):
+        fill()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "a"]
+    assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+def test_folders_appear_whole_and_replace_only_their_own_kind(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    for text in ("one", "two"):
+        with replacing_folder(out, lambda folder: (folder / "a").exists()) as folder:
+            (folder / "a").write_text(text)
+            assert not out.exists() or (out / "a").read_text() == "one"
+        assert (out / "a").read_text() == text
+    with pytest.raises(StorageError, match="holds something else"), replacing_folder(out, lambda folder: False):
+        pass
+    with pytest.raises(StorageError, match="is a file"), replacing_folder(out / "a", lambda folder: True):
+        pass
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_writers_of_folders_leave_each_other_alone_and_remove_what_was_abandoned(tmp_path: Path) -> None:
+    abandoned = tmp_path / ".localdepth-0123456789ab.tmp.d"
+    abandoned.mkdir()
+    (abandoned / "half").write_text("a model")
+    kept = tmp_path / ".localdepth-0123456789ab.old"
+    kept.mkdir()
+    with replacing_folder(tmp_path / "a", lambda folder: False) as first:
+        with replacing_folder(tmp_path / "b", lambda folder: False) as second:
+            assert first.is_dir()
+            assert second.is_dir()
+        (first / "x").write_text("x")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", kept.name}
+    assert (tmp_path / "a" / "x").read_text() == "x"

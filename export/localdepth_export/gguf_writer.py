@@ -35,7 +35,7 @@ from localdepth.gguf import (
 )
 from localdepth.gguf_container import MAGIC, Header, map_file, read_header, read_tensors
 from localdepth.quant import Quant
-from localdepth_export.output import replacing
+from localdepth_train.output import replacing
 
 __all__ = ["write", "write_check"]
 

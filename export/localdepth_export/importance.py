@@ -25,8 +25,8 @@ from localdepth.errors import ConfigError, ModelFileError
 from localdepth.gguf import read
 from localdepth.model import Model
 from localdepth.prompt import PromptReader
-from localdepth_export.output import replacing
 from localdepth_export.sample import Sample, limits_for, windows
+from localdepth_train.output import replacing
 
 __all__ = ["Importance", "collect"]
 

@@ -10,6 +10,7 @@ from localdepth.errors import CheckpointError
 from localdepth.gguf import TokenizerRecord
 from localdepth.prompt import build_tokenizer
 from localdepth_train.checkpoint import Checkpoint
+from localdepth_train.special_tokens import special_tokens
 
 __all__ = ["read_license", "read_tokenizer"]
 
@@ -26,15 +27,13 @@ def read_tokenizer(checkpoint: Checkpoint) -> TokenizerRecord | None:
         return None
     settings, generation = _json(checkpoint, "tokenizer_config.json"), _json(checkpoint, "generation_config.json")
     rules = _parse(checkpoint, "tokenizer.json", text)
-    ids = _special_ids(rules)
-    bos = _first(_ids(generation.get("bos_token_id")), _named(settings.get("bos_token"), ids))
-    eos = tuple(dict.fromkeys((*_ids(generation.get("eos_token_id")), *_named(settings.get("eos_token"), ids))))
+    special = special_tokens(rules, settings, generation)
     template = checkpoint.text("chat_template.jinja") or _template(settings)
     record = TokenizerRecord(
         json=text,
-        bos=bos,
-        eos=eos,
-        add_bos=bos is not None and bool(settings.get("add_bos_token", _begins_with_bos(rules, bos))),
+        bos=special.bos,
+        eos=special.end_of_answer,
+        add_bos=special.add_bos,
         chat_template=template,
     )
     build_tokenizer(record, checkpoint.config.n_vocab)
@@ -64,43 +63,6 @@ def _parse(checkpoint: Checkpoint, name: str, text: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise CheckpointError(f"{checkpoint.path / name} must hold a JSON object; download it again")
     return record
-
-
-def _special_ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    added = tokenizer.get("added_tokens") or []
-    return {
-        token["content"]: token["id"]
-        for token in added
-        if isinstance(token, dict) and isinstance(token.get("content"), str) and isinstance(token.get("id"), int)
-    }
-
-
-def _begins_with_bos(rules: Mapping[str, Any], bos: int) -> bool:
-    """Whether the tokenizer's own post-processor puts ``bos`` before a text, as that of Llama 3 does."""
-    processor = rules.get("post_processor") or {}
-    steps = processor.get("processors", [processor]) if isinstance(processor, dict) else []
-    for step in (step for step in steps if isinstance(step, dict) and step.get("type") == "TemplateProcessing"):
-        first = (step.get("single") or [{}])[0]
-        name = first.get("SpecialToken", {}).get("id") if isinstance(first, dict) else None
-        special = step.get("special_tokens") or {}
-        if name in special and bos in _ids(special[name].get("ids")):
-            return True
-    return False
-
-
-def _named(token: Any, ids: Mapping[str, int]) -> tuple[int, ...]:
-    """Id of a token given by name; some files wrap the name in a record."""
-    name = token.get("content") if isinstance(token, dict) else token
-    return (ids[name],) if isinstance(name, str) and name in ids else ()
-
-
-def _ids(value: Any) -> tuple[int, ...]:
-    values = value if isinstance(value, list) else [value]
-    return tuple(item for item in values if isinstance(item, int) and not isinstance(item, bool))
-
-
-def _first(*choices: tuple[int, ...]) -> int | None:
-    return next((choice[0] for choice in choices if choice), None)
 
 
 def _template(settings: Mapping[str, Any]) -> str | None:

@@ -1,36 +1,65 @@
-"""Checkpoint directories: the only place that knows the tensor names of Hugging Face files.
+"""Checkpoint directories, read and written: the only place where foreign tensor names are used.
 
-Reads the published Huginn and retrofit checkpoints (``model_type`` "huginn_raven") and our own layout
-(``model_type`` "localdepth": ``config.json`` with the fields of ``ModelConfig`` and canonical tensor names),
-sharded or not, in float32, float16 or bfloat16. Tensors are read one at a time and torch is not needed.
-
-Source of the published names and semantics: seal-rg/recurrent-pretraining and
-mcleish7/retrofitting-recurrence, both Apache-2.0.
+Reads the published Huginn and retrofit checkpoints (``model_type`` "huginn_raven"), our own layout (``model_type``
+"localdepth": ``config.json`` with the fields of ``ModelConfig`` and canonical tensor names) and, where asked to, plain
+models, sharded or not, in float32, float16 or bfloat16. Writes our own layout and that of the published retrofits.
+Tensors are read and written one at a time and torch is not needed.
 """
 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs to read it
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from localdepth.config import ModelConfig
-from localdepth.errors import CheckpointError, ConfigError, StorageError
-from localdepth_train.layouts import FORMAT_VERSION, recognise, some
+from localdepth.errors import CheckpointError, ConfigError
+from localdepth_train.layouts import LayoutName, layout_of, recognise, record_of
+from localdepth_train.output import replacing, replacing_folder
+from localdepth_train.parts import Layout, Part, some
+from localdepth_train.safetensors_file import DTYPES, Pieces, write_safetensors
 
-__all__ = ["Checkpoint", "save"]
+__all__ = ["Checkpoint", "Unread", "rewrite", "save"]
 
-_TEXTS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "README.md")
+_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_CARD = "README.md"  # says what the weights are, so it is written anew when they change
+_CARRIED = (  # what goes with the weights wherever they go
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    "USE_POLICY.md",
+)
 _TIE_ROWS = 4096  # rows compared at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A tensor that is read, or made, when numpy asks for it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[], npt.NDArray[Any]]
+
+    def __array__(self, dtype: None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return self.read()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +71,29 @@ class _Stored:
     dtype: str
 
 
+Tensor = npt.NDArray[Any] | Unread
+Recognise = Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]], Path], Layout]
+
+
 class Checkpoint:
     """A checked checkpoint directory; reads one tensor at a time under our names.
 
     Attributes:
         path: the directory.
+        record: its ``config.json``.
+    Args:
+        recognise: which kinds of models are meant; ``plain.recognise_plain`` for the bases of retrofits.
     Raises:
         CheckpointError: for a missing, incomplete, foreign or contradictory directory.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], recognise: Recognise = recognise) -> None:
         self.path = Path(path)
         if not os.path.isdir(self.path):
-            raise CheckpointError(f"{self.path} is not a directory; pass the folder that holds config.json")
-        record = _read_json(self.path / "config.json")
+            raise CheckpointError(f"{self.path} is not a directory; pass the folder that holds {_CONFIG}")
+        self.record = _read_json(self.path / _CONFIG)
         self._tensors = {name: stored for file in _shards(self.path) for name, stored in _contents(file)}
-        self._layout = recognise(record, {name: self.shape(name) for name in self._tensors}, self.path)
+        self._layout = recognise(self.record, {name: self.shape(name) for name in self._tensors}, self.path)
         self._check_shapes()
         self._check_tie()
 
@@ -73,15 +109,28 @@ class Checkpoint:
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """One tensor under our name, widened to float32 (exact for f16 and bf16), C-contiguous."""
+        return np.ascontiguousarray(self._raw(self._layout.parts[name]), dtype=np.float32)
+
+    def unread(self, name: str) -> Unread:
+        """One tensor under our name, to be read later, in the type it is stored in."""
         part = self._layout.parts[name]
+        dtype = DTYPES[self._tensors[part.name].dtype]
+        return Unread(self.config.tensors()[name], dtype, lambda: self._raw(part))
+
+    def _raw(self, part: Part) -> npt.NDArray[Any]:
         rows, cols = slice(*part.rows) if part.rows else slice(None), slice(*part.cols) if part.cols else ...
         with self._opened(part.name) as source:
-            raw = source[part.index].reshape(-1) if part.index is not None else source[rows, cols]
-        return np.ascontiguousarray(raw, dtype=np.float32)
+            raw: npt.NDArray[Any] = source[part.index].reshape(-1) if part.index is not None else source[rows, cols]
+        return raw
+
+    def carried(self) -> dict[str, bytes]:
+        """The files that go with the weights wherever they go: tokenizer, generation settings, licence."""
+        there = (self.path / name for name in _CARRIED)
+        return {file.name: _read_bytes(file) for file in there if file.is_file()}
 
     def text(self, name: str) -> str | None:
         """Contents of a text file that goes with the weights, or None where the directory has none of that name."""
-        assert name in _TEXTS, f"one of {_TEXTS}"
+        assert name in (*_CARRIED, _CARD), f"{name} is none of {_CARRIED}"
         file = self.path / name
         return _read_text(file) if file.is_file() else None
 
@@ -107,8 +156,8 @@ class Checkpoint:
     def _check_shapes(self) -> None:
         for name, wanted in self._layout.stored_shapes().items():
             got, dtype = self.shape(name), self._tensors[name].dtype
-            if dtype not in ("F32", "F16", "BF16"):
-                raise CheckpointError(f"{name} in {self.path} is stored as {dtype}; we read F32, F16 and BF16")
+            if dtype not in DTYPES:
+                raise CheckpointError(f"{name} in {self.path} is stored as {dtype}; we read {', '.join(DTYPES)}")
             # a packed bias [2, 1, H, D] is compared as [2, H * D]
             flat = (got[0], math.prod(got[1:])) if len(got) > len(wanted) else got
             if flat != wanted:
@@ -130,13 +179,13 @@ class Checkpoint:
         if not same:
             raise CheckpointError(
                 f"{self.path} says its head is tied, but lm_head.weight differs from the embedding; "
-                "set tie_embeddings to false in config.json if the separate head is meant"
+                "set tie_embeddings, or tie_word_embeddings, to false in config.json if the separate head is meant"
             )
 
 
 def _shards(path: Path) -> list[Path]:
     """The files that hold the weights."""
-    index = path / "model.safetensors.index.json"
+    index = path / _INDEX
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -144,12 +193,12 @@ def _shards(path: Path) -> list[Path]:
         files = sorted(set(weight_map.values()))
         if outside := [name for name in files if Path(name).name != name]:
             raise CheckpointError(f"{index} points outside its folder: {outside[0]!r}")
-    elif (path / "model.safetensors").is_file():
-        files = ["model.safetensors"]
+    elif (path / _WEIGHTS).is_file():
+        files = [_WEIGHTS]
     else:
         found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise CheckpointError(
-            f"{path} has no model.safetensors or model.safetensors.index.json (found {found}); "
+            f"{path} has no {_WEIGHTS} or {_INDEX} (found {found}); "
             "pickled .bin weights are not read, convert them to safetensors"
         )
     return [path / name for name in files]
@@ -165,10 +214,17 @@ def _contents(file: Path) -> list[tuple[str, _Stored]]:
         raise CheckpointError(f"cannot read {file}: {error}; download it again") from error
 
 
+def _read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
+
+
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return _read_bytes(file).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"cannot read {file}: {error}") from error
 
 
@@ -185,32 +241,102 @@ def _read_json(file: Path) -> dict[str, Any]:
 def save(
     path: str | os.PathLike[str],
     config: ModelConfig,
-    tensors: Mapping[str, npt.NDArray[Any]],
-    files: Mapping[str, str] | None = None,
+    tensors: Mapping[str, Tensor],
+    files: Mapping[str, str | bytes] | None = None,
+    *,
+    layout: str = LayoutName.OURS,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write a checkpoint in our own layout; ``config.json`` comes last, so a partial folder never loads.
+    """Write a checkpoint that appears whole or not at all; ``Unread`` tensors are read one at a time.
+
+    A folder is replaced if it holds a checkpoint of the same layout and nothing else. The published layout has its own
+    tensor for the head: that of a tied model is written as a copy of the embedding.
 
     Args:
         tensors: canonical name -> array of the shape in ``config.tensors()``, float32, float16 or bfloat16.
-        files: further text files by name, such as ``tokenizer.json``.
+        files: further files by name, such as ``tokenizer.json``.
+        layout: "ours" or "published".
+        on_progress: told after each stored tensor how many bytes are written, and how many there are.
     Raises:
-        ConfigError: when names or shapes differ from the config.
-        StorageError: when the folder cannot be written.
+        ConfigError: names, shapes or types differ from the config, or the layout cannot hold this model.
+        StorageError: the folder cannot be written, or holds something else.
     """
+    written = LayoutName.named(layout)
+    _check_fit(config, tensors)
+    if written is LayoutName.PUBLISHED and config.tied_head:
+        config, tensors = replace(config, tied_head=False), {**tensors, "output.weight": tensors["token_embd.weight"]}
+    record = record_of(config, written, str(tensors["token_embd.weight"].dtype))
+    stored = _stored(layout_of(config, written), tensors)
+    n_bytes, done = sum(made.n_bytes for made in stored.values()), 0
+
+    def count(name: str) -> None:
+        nonlocal done
+        done += stored[name].n_bytes
+        if on_progress:
+            on_progress(done, n_bytes)
+
+    with replacing_folder(Path(path), lambda folder: _is_checkpoint(folder, written)) as folder:
+        write_safetensors(folder / _WEIGHTS, stored, count)
+        for name, content in {**(files or {}), _CONFIG: json.dumps(record, indent=2) + "\n"}.items():
+            with replacing(folder / name) as output:
+                output.append(content.encode() if isinstance(content, str) else content)
+    return Path(path)
+
+
+def rewrite(source: str | os.PathLike[str], out: str | os.PathLike[str], *, layout: str) -> Path:
+    """Write a looped checkpoint in another layout, its weights bit for bit as they are.
+
+    What a layout has no place for is lost: the published one knows one depth and no tie, ours no leftovers.
+
+    Raises:
+        CheckpointError: ``source`` cannot be used.
+        ConfigError, StorageError: as ``save``.
+    """
+    opened = Checkpoint(source)
+    tensors = {name: opened.unread(name) for name in opened.config.tensors()}
+    files: dict[str, str | bytes] = {**opened.carried()}
+    if card := opened.text(_CARD):
+        files[_CARD] = card
+    return save(out, opened.config, tensors, files, layout=layout)
+
+
+def _check_fit(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
     expected = config.tensors()
     got = {name: tuple(array.shape) for name, array in tensors.items()}
     if got != expected:
         wrong = sorted(name for name in set(got) | set(expected) if got.get(name) != expected.get(name))
         raise ConfigError(f"tensors do not fit the config: {some(wrong)}")
-    folder = Path(path)
-    record = {"model_type": "localdepth", "format_version": FORMAT_VERSION, **config.to_dict()}
+
+
+def _stored(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Pieces]:
+    """The tensors of a file, each of which waits for its parts to be read."""
+    stored, packed = {}, layout.packed()
+    for name, shape in layout.stored_shapes().items():
+        parts = packed[name]
+        types = {np.dtype(tensors[part].dtype) for part in parts}
+        if len(types) > 1:
+            raise ConfigError(f"{', '.join(parts)} become one tensor and have different types; write our own layout")
+        side_by_side = layout.parts[parts[0]].cols is not None
+        stored[name] = Pieces(shape, types.pop(), partial(_pieces, [tensors[part] for part in parts], side_by_side))
+    return stored
+
+
+def _pieces(parts: Sequence[Tensor], side_by_side: bool) -> Iterator[npt.NDArray[Any]]:
+    if side_by_side:
+        yield np.concatenate([np.asarray(part) for part in parts], axis=1)
+    else:
+        yield from (np.asarray(part) for part in parts)
+
+
+def _is_checkpoint(folder: Path, layout: LayoutName) -> bool:
+    """Whether a folder holds a checkpoint of this layout and nothing else, as far as names tell."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").unlink(missing_ok=True)
-        save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, folder / "model.safetensors")
-        for name, text in (files or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
-        (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"cannot write {folder}: {error}") from error
-    return folder
+        record = _read_json(folder / _CONFIG)
+    except CheckpointError:
+        return False
+    return record.get("model_type") == layout.model_type and {path.name for path in folder.iterdir()} <= {
+        _CONFIG,
+        _WEIGHTS,
+        _CARD,
+        *_CARRIED,
+    }

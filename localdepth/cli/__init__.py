@@ -27,6 +27,8 @@ def main() -> None:
             measure,
             models,
             quantise,
+            report,
+            retrofit,
             train,
         )
         from localdepth.cli.common import app

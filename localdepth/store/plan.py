@@ -4,7 +4,6 @@ The repository's description, ``config.json`` and the headers of the weights are
 the model can be run, and whether it has room. The exporter is handed in: the runtime knows no checkpoints.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,7 +14,6 @@ from typing import Any, Protocol
 from localdepth.config import PLAIN_MODELS, plain_model
 from localdepth.errors import (
     CheckpointError,
-    MachineError,
     MissingExtra,
     ModelFileError,
     RequestError,
@@ -24,15 +22,13 @@ from localdepth.errors import (
 )
 from localdepth.gguf import ARCHITECTURE
 from localdepth.memory import as_size
+from localdepth.store.checkpoint import CONFIG, existing, list_some, read_config, shapes_of, texts_of, weights_of
 from localdepth.store.folder import HOME, Progress, Store, model_name
 from localdepth.store.hub import Hub, Repository, parse_reference
 
-__all__ = ["CONFIG", "DEFAULT_QUANT", "Converter", "Plan", "plan"]
+__all__ = ["DEFAULT_QUANT", "Converter", "Plan", "plan"]
 
 DEFAULT_QUANT = "Q8_0"  # what a checkpoint is converted to
-CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_TEXTS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "README.md")
-_LARGEST_JSON, _LARGEST_TEXT = 1 << 26, 1 << 28  # bytes; some tokenizers have tens of megabytes
 
 
 class Converter(Protocol):
@@ -126,13 +122,13 @@ def _choose_gguf(repository: Repository, file: str | None, quant: str | None) ->
     there = sorted(name for name in repository.files if name.endswith(".gguf"))
     if file is not None:
         if file not in there:
-            raise RequestError(f"{repository.repo} has no model file {file!r:.120}; it has {_some(there)}")
+            raise RequestError(f"{repository.repo} has no model file {file!r:.120}; it has {list_some(there)}")
         return file
     fitting = [name for name in there if quant is None or quant.lower() in re.split(r"[/.-]", name.lower())]
     if len(fitting) > 1:
-        raise RequestError(f"{repository.repo} has several model files: {_some(fitting)}; choose one with --file")
+        raise RequestError(f"{repository.repo} has several model files: {list_some(fitting)}; choose one with --file")
     if there and not fitting and CONFIG not in repository.files:
-        raise RequestError(f"{repository.repo} has no model file of quant {quant!r:.40}; it has {_some(there)}")
+        raise RequestError(f"{repository.repo} has no model file of quant {quant!r:.40}; it has {list_some(there)}")
     return fitting[0] if fitting else None
 
 
@@ -158,29 +154,20 @@ def _plan_file(repository: Repository, hub: Hub, name: str) -> Plan:
 
 
 def _plan_checkpoint(repository: Repository, hub: Hub, converter: Converter | None, quant: str) -> Plan:
-    repo = repository.repo
-    if CONFIG not in repository.files:
-        raise CheckpointError(
-            f"{repo} holds neither a GGUF file nor a checkpoint with {CONFIG}; it has {_some(sorted(repository.files))}"
-        )
-    texts = [name for name in (CONFIG, *_TEXTS) if name in repository.files]
-    if large := [name for name in texts if repository.files[name].n_bytes > _LARGEST_TEXT]:
-        raise CheckpointError(f"{large[0]} in {repo} is larger than any such file should be; pull another repository")
-    record = _json(hub, repository, CONFIG)
+    repo, texts = repository.repo, texts_of(repository)
+    record = read_config(repository, hub)
     kind = record.get("model_type")
     if isinstance(kind, str) and kind.startswith(PLAIN_MODELS):
         raise CheckpointError(f"{repo} holds a {plain_model(kind, 'it')}")
     if converter is None:
         raise MissingExtra(f"{repo} is a checkpoint, to be converted; type: {install_line('export')}")
     quant = converter.spell(quant)
-    weights = _weights(repository, hub)
+    weights = weights_of(repository, hub)
     if any(hub.n_missing(repository, name) for name in weights):
-        shapes = {tensor: shape for name in weights for tensor, shape in hub.tensors(repository, name).items()}
-        n_weights = converter.weigh(record, shapes, repo, quant)
+        n_weights = converter.weigh(record, shapes_of(repository, hub, weights), repo, quant)
     else:
         n_weights = converter.weigh_folder(hub.fetch(repository, CONFIG).parent, quant)
-    index = [_INDEX] if _INDEX in repository.files else []
-    files = (*texts, *index, *weights)
+    files = (*texts, *weights)
     return Plan(
         name=f"{repo.rpartition('/')[2]}-{quant}",
         repository=repository,
@@ -190,44 +177,6 @@ def _plan_checkpoint(repository: Repository, hub: Hub, converter: Converter | No
         n_download=sum(hub.n_missing(repository, name) for name in files),
         n_result=n_weights + sum(repository.files[name].n_bytes for name in texts),
     )
-
-
-def _weights(repository: Repository, hub: Hub) -> list[str]:
-    """The files that hold a checkpoint's weights, each of which is there."""
-    repo, there = repository.repo, repository.files
-    if _INDEX in there:
-        named = _json(hub, repository, _INDEX).get("weight_map")
-        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
-            raise CheckpointError(f"{_INDEX} in {repo} has no weight_map of file names; pull another repository")
-        names = sorted(set(named.values()))
-    elif _WEIGHTS in there or repository.is_cached:
-        names = [_WEIGHTS]
-    else:
-        raise CheckpointError(
-            f"{repo} has no safetensors weights, it has {_some(sorted(there))}; pickled weights are not read, "
-            "convert them to safetensors"
-        )
-    if missing := [name for name in names if name not in there or "/" in name]:
-        if repository.is_cached:
-            raise MachineError(
-                f"the Hugging Face cache lacks {missing[0]!r:.120} of {repo} and the Hub cannot be asked; connect, "
-                "then pull again"
-            )
-        raise CheckpointError(f"{_INDEX} in {repo} names {missing[0]!r:.120}, which is not beside it; pull another one")
-    return names
-
-
-def _json(hub: Hub, repository: Repository, name: str) -> dict[str, Any]:
-    where = f"{name} in {repository.repo}"
-    if repository.files[name].n_bytes > _LARGEST_JSON:
-        raise CheckpointError(f"{where} is larger than any such file should be; pull another repository")
-    try:
-        record = json.loads(hub.fetch(repository, name).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON: {error}; pull another repository") from error
-    if not isinstance(record, dict):
-        raise CheckpointError(f"{where} must hold a JSON object; pull another repository")
-    return record
 
 
 def _check_name(planned: Plan, store: Store) -> None:
@@ -243,7 +192,7 @@ def _check_name(planned: Plan, store: Store) -> None:
 
 def _check_room(planned: Plan, store: Store, hub: Hub) -> None:
     """Refuse what does not fit on the disks of the cache and of the store."""
-    cache, folder = _existing(hub.cache), _existing(store.folder)
+    cache, folder = existing(hub.cache), existing(store.folder)
     one_disk = cache.stat().st_dev == folder.stat().st_dev
     n_result = 0 if one_disk and planned.converter is None else planned.n_result  # a file is linked, not copied
     wanted = {cache: planned.n_download, folder: n_result}
@@ -257,12 +206,3 @@ def _check_room(planned: Plan, store: Store, hub: Hub) -> None:
                 f"({as_size(planned.n_download)} to download, {as_size(n_result)} for the model); free space there, or "
                 f"set HF_HOME for downloads and {HOME} for models"
             )
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") if names else "nothing"

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from localdepth.errors import LocalDepthError
 from localdepth.gguf import GgufFile, read
+from localdepth.store.checkpoint import CONFIG
 from localdepth.store.folder import Manifest, Progress, Store, Stored, Verdict, digest, silent, storage
 from localdepth.store.hub import Hub, Repository
-from localdepth.store.plan import CONFIG, DEFAULT_QUANT, Converter, Plan
+from localdepth.store.plan import DEFAULT_QUANT, Converter, Plan
 
 __all__ = ["Importable", "importable", "pull", "quant_of"]
 

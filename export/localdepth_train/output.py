@@ -1,8 +1,9 @@
-"""Files that appear whole or not at all.
+"""Files and folders that appear whole or not at all.
 
 A file grows under a hidden name beside its place and takes it when complete; whatever goes wrong before, an existing
 file is untouched and nothing is left behind. Only a process that is killed leaves its hidden file, for the next writer
-in that folder to remove: a living one holds a lock on its own, which the system releases whatever ends it.
+in that folder to remove: a living one holds a lock on its own, which the system releases whatever ends it. The same
+holds for folders.
 """
 
 import errno
@@ -21,9 +22,9 @@ from localdepth.errors import StorageError
 if sys.platform != "win32":  # there a file that somebody has open cannot be removed, which does as well
     import fcntl
 
-__all__ = ["Output", "replacing"]
+__all__ = ["Output", "replacing", "replacing_folder"]
 
-_PREFIX, _SUFFIX = ".localdepth-", ".tmp"
+_PREFIX, _FILE, _FOLDER, _OLD = ".localdepth-", ".tmp", ".tmp.d", ".old"
 
 
 class Output:
@@ -90,9 +91,59 @@ def replacing(path: Path, is_of_this_kind: Callable[[Path], bool] = lambda path:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing_folder(path: Path, is_of_this_kind: Callable[[Path], bool]) -> Iterator[Path]:
+    """The folder that the block is given to fill takes the place of ``path`` when the block ends well.
+
+    Folders on the way to it are made. Between moving an old folder away and the new one in there is a moment with
+    neither; a process killed in it leaves both whole, under hidden names, and the old one is never removed.
+
+    Args:
+        is_of_this_kind: whether an existing folder with something in it may be replaced.
+    Raises:
+        StorageError: the folder cannot be made, and what was there is as it was; what the block raises passes.
+    """
+    target = Path(os.path.realpath(path))
+    with _storage(path):
+        if target.exists() and not target.is_dir():
+            raise StorageError(f"{path} is a file; name the folder to write")
+        if target.exists() and any(target.iterdir()) and not is_of_this_kind(target):
+            raise StorageError(f"{path} holds something else and would be lost; name another folder, or remove it")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target.parent)
+        temporary, lock = _create_folder(target.parent)
+    try:
+        yield temporary
+        with _storage(path):
+            _swap(temporary, target)
+    finally:
+        if lock is not None:
+            os.close(lock)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put ``new`` in the place of ``target`` and remove what was there."""
+    if not target.exists():
+        new.rename(target)
+        return
+    old = _hidden(target.parent, _OLD)
+    target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _hidden(folder: Path, suffix: str) -> Path:
+    return folder / f"{_PREFIX}{secrets.token_hex(6)}{suffix}"
+
+
 def _create(folder: Path) -> tuple[io.FileIO, Path]:
     while True:
-        path = folder / f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}"
+        path = _hidden(folder, _FILE)
         file = io.FileIO(path, "xb")
         if sys.platform == "win32":
             return file, path
@@ -103,8 +154,26 @@ def _create(folder: Path) -> tuple[io.FileIO, Path]:
         file.close()
 
 
+def _create_folder(folder: Path) -> tuple[Path, int | None]:
+    """An empty hidden folder and its lock, None where folders cannot be locked."""
+    while True:
+        path = _hidden(folder, _FOLDER)
+        path.mkdir()
+        if sys.platform == "win32":
+            return path, None
+        try:
+            lock = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # somebody took it for abandoned before it was locked
+            continue
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return path, lock
+        os.close(lock)
+
+
 def _remove_abandoned(folder: Path) -> None:
-    for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+    for path in folder.glob(f"{_PREFIX}*{_FILE}"):
         with suppress(OSError):  # its owner lives, or it is not ours to remove
             if not stat.S_ISREG(path.lstat().st_mode):
                 continue
@@ -114,6 +183,14 @@ def _remove_abandoned(folder: Path) -> None:
             with path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
+    for path in folder.glob(f"{_PREFIX}*{_FOLDER}") if sys.platform != "win32" else ():
+        with suppress(OSError):
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path)
+            finally:
+                os.close(lock)
 
 
 @contextmanager

@@ -1,0 +1,143 @@
+"""Which layers of a base go where: written as "0-3" or "0,2,5-7", or taken from a published recipe."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from localdepth.config import STAGES
+from localdepth.errors import ConfigError
+
+__all__ = ["PRESETS", "Layers", "Preset", "choose_layers", "parse_layers", "spell_layers"]
+
+_SPAN = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
+_NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Layers of a base, counted from 0, in the order in which each stage runs them.
+
+    Any order and any gaps will do. No layer may be named twice: it would be two copies that training pulls apart.
+
+    Raises:
+        ConfigError: no core, or a layer in two places.
+    """
+
+    prelude: tuple[int, ...]
+    core: tuple[int, ...]
+    coda: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.core:
+            raise ConfigError("core has no layers; there must be one to repeat, such as core=4-7")
+        named = [i for _, layers in self.stages() for i in layers]
+        if twice := [i for i in dict.fromkeys(named) if named.count(i) > 1]:
+            raise ConfigError(f"layer {twice[0]} is named twice; every layer has one place")
+
+    def stages(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Each stage with its layers."""
+        for stage in STAGES:
+            yield stage, getattr(self, stage)
+
+    def check(self, n_layer: int) -> None:
+        """Compare with the number of layers that the base has.
+
+        Raises:
+            ConfigError: it has no such layer.
+        """
+        for stage, layers in self.stages():
+            if outside := [i for i in layers if not 0 <= i < n_layer]:
+                raise ConfigError(f"{stage} names layer {outside[0]}; the base has {n_layer}, 0 to {n_layer - 1}")
+
+    def dropped(self, n_layer: int) -> tuple[int, ...]:
+        """Layers of a base of ``n_layer`` that are not kept."""
+        kept = {i for _, layers in self.stages() for i in layers}
+        return tuple(i for i in range(n_layer) if i not in kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A published choice of layers, for bases of ``n_layer`` layers."""
+
+    n_layer: int
+    layers: Layers
+
+
+def _preset(n_layer: int, prelude: str, core: str, coda: str) -> Preset:
+    return Preset(n_layer, Layers(*map(parse_layers, (prelude, core, coda))))
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Layers as people write them: numbers and spans with commas between; "none" for a stage without layers.
+
+    Raises:
+        ConfigError: anything else, or a span that runs backwards.
+    """
+    if text.strip() == _NONE:
+        return ()
+    layers: list[int] = []
+    for item in text.split(","):
+        span = _SPAN.fullmatch(item.strip())
+        if not span:
+            raise ConfigError(f'layers {text!r:.80} must be written as 0-3 or 0,2,5-7, or "{_NONE}"')
+        first, last = int(span[1]), int(span[2] or span[1])
+        if last < first:
+            raise ConfigError(
+                f"layers {item.strip()} run backwards; write {last}-{first}, or single layers in that order"
+            )
+        layers.extend(range(first, last + 1))
+    return tuple(layers)
+
+
+def spell_layers(layers: Iterable[int]) -> str:
+    """Inverse of ``parse_layers``, neighbours joined."""
+    runs: list[list[int]] = []
+    for i in layers:
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs) or _NONE
+
+
+# Source: conversion and plotting scripts of mcleish7/retrofitting-recurrence; olmo2-1b-7-4-5 is the recipe of the fork
+# LoopedLMs/retrofitting-recurrence, which drops no layer.
+PRESETS = {
+    "tinyllama-4-8-4": _preset(22, "0-3", "10-17", "18-21"),
+    "tinyllama-6-10-6": _preset(22, "0-5", "6-15", "16-21"),
+    "tinyllama-7-8-7": _preset(22, "0-6", "7-14", "15-21"),
+    "olmo2-1b-4-6-4": _preset(16, "0-3", "6-11", "12-15"),
+    "olmo2-1b-7-4-5": _preset(16, "0-6", "7-10", "11-15"),
+    "llama3.2-1b-4-6-4": _preset(16, "0-3", "6-11", "12-15"),
+    "llama3.2-1b-2-4-2": _preset(16, "0-1", "10-13", "14-15"),
+}
+
+
+def choose_layers(
+    n_layer: int,
+    prelude: str | Sequence[int] | None,
+    core: str | Sequence[int] | None,
+    coda: str | Sequence[int] | None,
+    preset: str | None,
+) -> Layers:
+    """The layers that are meant, of a base of ``n_layer``: either all three stages, or a preset.
+
+    Raises:
+        ConfigError: both or neither, no such preset, a preset for another number of layers, or layers it does not have.
+    """
+    stages = (prelude, core, coda)
+    if preset is None:
+        if any(stage is None for stage in stages):
+            raise ConfigError(f'name the layers of prelude, core and coda ("{_NONE}" for no layers), or a preset')
+        layers = Layers(*(parse_layers(stage) if isinstance(stage, str) else tuple(stage or ()) for stage in stages))
+        layers.check(n_layer)
+        return layers
+    if any(stage is not None for stage in stages):
+        raise ConfigError(f"preset={preset!r:.40} says which layers go where; leave out prelude, core and coda")
+    if preset not in PRESETS:
+        raise ConfigError(f"preset={preset!r:.40} is not one of {', '.join(PRESETS)}")
+    if PRESETS[preset].n_layer != n_layer:
+        raise ConfigError(
+            f"preset={preset} is for bases of {PRESETS[preset].n_layer} layers, this one has {n_layer}; name the layers"
+        )
+    return PRESETS[preset].layers

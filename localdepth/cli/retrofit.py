@@ -1,0 +1,120 @@
+"""``retrofit``: make a looped model of a plain one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from localdepth import console
+from localdepth.cli.common import app, command, needs
+from localdepth.cli.options import JsonOption
+from localdepth.memory import as_size
+from localdepth.store.checkpoint import fetch_checkpoint
+from localdepth.store.hub import Hub
+
+if TYPE_CHECKING:
+    from localdepth_train.surgery import Surgery
+
+__all__ = ["retrofit"]
+
+_SHOWN_DEPTHS = (1, 2, 4, 8, 16, 32)
+
+
+@app.command()
+@command
+def retrofit(
+    base: Annotated[str, typer.Argument(help="Directory of a plain model, or OWNER/NAME[@REVISION] on the Hub.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    prelude: Annotated[
+        str | None, typer.Option("--prelude", help="Layers of the base: 0-3 or 0,2,5-7 or none.")
+    ] = None,
+    core: Annotated[str | None, typer.Option("--core", help="Layers to repeat.")] = None,
+    coda: Annotated[str | None, typer.Option("--coda", help="Layers after the core.")] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="A published choice of layers, such as tinyllama-4-8-4.")
+    ] = None,
+    layout: Annotated[str, typer.Option("--layout", help="ours, or published: as the published retrofits.")] = "ours",
+    injection: Annotated[str, typer.Option("--injection", help="concat_linear or add.")] = "concat_linear",
+    init: Annotated[
+        str, typer.Option("--init", help="paper (drawn), identity (depth 1 is the kept layers), or pass-through.")
+    ] = "paper",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the drawn injection.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a looped model of a Llama, Mistral, OLMo-2, Qwen2 or Qwen3 model: a start for training."""
+    with needs("export"):
+        from localdepth_train.surgery import retrofit as run
+    with console.tracking("writing") as on_progress:
+        made = run(
+            _on_this_machine(base),
+            out,
+            prelude=prelude,
+            core=core,
+            coda=coda,
+            preset=preset,
+            layout=layout,
+            injection=injection,
+            init=init,
+            seed=seed,
+            source=None if Path(base).is_dir() else base,
+            on_progress=on_progress,
+        )
+    if as_json:
+        console.emit(_record(made))
+    else:
+        _show(made)
+
+
+def _on_this_machine(base: str) -> Path:
+    """A directory as it is; anything else is a repository, fetched if need be."""
+    if Path(base).exists():
+        return Path(base)
+    with console.tracking_all() as progress:
+        return fetch_checkpoint(base, Hub(), _judge, progress)
+
+
+def _judge(record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    from localdepth_train.plain import recognise_plain
+
+    recognise_plain(record, shapes, Path(where))
+
+
+def _record(made: "Surgery") -> dict[str, Any]:
+    costs = {str(depth): made.cost(depth) for depth in _SHOWN_DEPTHS}
+    before = made.base_cost()
+    return {
+        "path": str(made.path),
+        "kind": made.kind,
+        "layers": dict(made.layers.stages()),
+        "dropped": made.dropped,
+        "n_params": made.config.n_params,
+        "params": made.parameters(),
+        "flops_per_token": {depth: cost.flops for depth, cost in costs.items()},
+        "kv_bytes_per_token": {depth: cost.kv_bytes for depth, cost in costs.items()},
+        "base": {
+            "n_layers": made.base.n_core,
+            "n_params": made.base.n_params,
+            "flops_per_token": before.flops,
+            "kv_bytes_per_token": before.kv_bytes,
+        },
+        "config": made.config.to_dict(),
+    }
+
+
+def _show(made: "Surgery") -> None:
+    from localdepth_train.layer_choice import spell_layers
+
+    places, counts, before = dict(made.layers.stages()), made.parameters(), made.base_cost()
+    rows = [(part, spell_layers(places[part]) if part in places else "-", f"{n:,}") for part, n in counts.items()]
+    rows += [("dropped", spell_layers(made.dropped), "-"), ("all", "-", f"{made.config.n_params:,}")]
+    base = f"{made.kind}, {made.base.n_core} layers, {made.base.n_params:,} parameters"
+    console.say.print(console.plain(f"{made.path}, from {base}\n"))
+    console.show_table(("part", "layers of the base", "parameters"), rows)
+    console.say.print()
+    costs = [("base", before, 1.0)]
+    costs += [(str(depth), cost, cost.flops / before.flops) for depth in _SHOWN_DEPTHS for cost in [made.cost(depth)]]
+    console.show_table(
+        ("depth", "FLOPs a token", "of the base", "K/V a token"),
+        [(name, f"{cost.flops:,}", f"{share:.2f}", as_size(cost.kv_bytes)) for name, cost, share in costs],
+    )
