@@ -165,14 +165,17 @@ def ticking(label: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def tracking(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar as ``ticking`` shows, for work that knows itself how far it is; yields what takes done and total."""
+def tracking(label: str) -> Iterator[Callable[..., None]]:
+    """A bar as ``ticking`` shows, for work that knows itself how far it is.
+
+    Yields what takes done and total, and on request a few words on how it goes.
+    """
     with tracking_all() as show:
         yield partial(show, label)
 
 
 @contextmanager
-def tracking_all() -> Iterator[Callable[[str, int, int], None]]:
+def tracking_all() -> Iterator[Callable[..., None]]:
     """A bar for each thing that is worked on; yields what takes its name, done and total, 0 where nobody knows."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn  # takes 10 ms
 
@@ -180,10 +183,12 @@ def tracking_all() -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as progress:
         tasks: dict[str, Any] = {}
 
-        def show(what: str, done: int, total: int) -> None:
+        def show(what: str, done: int, total: int, how: str = "") -> None:
             if what not in tasks:
                 tasks[what] = progress.add_task(plain(what), total=None)
-            progress.update(tasks[what], completed=done, total=total or None, visible=done < total or not total)
+            shown = done < total or not total
+            label = plain(f"{what} {how}".rstrip())
+            progress.update(tasks[what], description=label, completed=done, total=total or None, visible=shown)
 
         yield show
 

@@ -321,19 +321,19 @@ def test_train_runs_a_recipe_and_goes_on(tmp_path: Path) -> None:
     recipe = (ROOT / "export" / "localdepth_train" / "recipes" / "default.toml").read_text()
     small = re.sub(r"^steps = \d+", "steps = 2", recipe, flags=re.MULTILINE)
     small = re.sub(r"^(batch_size|micro_batches|threads) = \d+", r"\1 = 1", small, flags=re.MULTILINE)
-    small = re.sub(r"^(log_every|evaluate_questions) = \d+", r"\1 = 1", small, flags=re.MULTILINE)
+    small = re.sub(r"^evaluate_questions = \d+", "evaluate_questions = 1", small, flags=re.MULTILINE)
     (tmp_path / "recipe.toml").write_text(small)
     done = localdepth("train", "run", tmp_path / "recipe.toml", "-o", tmp_path / "run", "--json")
     assert one_line(done)["steps"] == 2, done.stderr
     assert "step 1 of 2: loss" in done.stderr
     assert localdepth("train", "run", tmp_path / "recipe.toml", "-o", tmp_path / "run").returncode == 0
-    (tmp_path / "recipe.toml").write_text(small + "\nspeed = 3")
+    (tmp_path / "recipe.toml").write_text("speed = 3\n" + small)
     assert localdepth("train", "run", tmp_path / "recipe.toml", "-o", tmp_path / "run").returncode == 2
 
 
 def test_an_interrupted_training_run_is_saved_and_goes_on(tmp_path: Path) -> None:
     recipe = (ROOT / "export" / "localdepth_train" / "recipes" / "default.toml").read_text()
-    small = re.sub(r"^(batch_size|micro_batches|threads|log_every) = \d+", r"\1 = 1", recipe, flags=re.MULTILINE)
+    small = re.sub(r"^(batch_size|micro_batches|threads) = \d+", r"\1 = 1", recipe, flags=re.MULTILINE)
     (tmp_path / "recipe.toml").write_text(small)
     command = [sys.executable, "-m", "localdepth", "train", "run", str(tmp_path / "recipe.toml"), "-o"]
     for seen in ("step 1 of", "step "):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localdepth_train.curriculum import Ramp, StepsCurriculum, lr_multiplier, mean_depth_at
+from localdepth_train.curriculum import Ramp, StepsCurriculum, backprop_depth_at, lr_multiplier, mean_depth_at
 
 LR_ROUNDING = 1e-8  # the reference curve is stored with eight decimals
 
@@ -28,8 +28,10 @@ def test_mean_depth_equals_the_published_schedules(fixtures: Path) -> None:
         ]
         assert run_lengths(means) == reference["mean_recurrence_rle"], name
         assert sum(means) == reference["sum_mean_recurrence"], name
-        if "bp" not in a:  # backprop depth follows the mean up to 8
-            assert run_lengths([min(8, mean) for mean in means]) == reference["backprop_depth_rle"], name
+        growth = a.get("bp", {"max_backprop": 8, "start": 1, "warmup": 0.0})
+        limits = growth["max_backprop"], growth["start"], growth["warmup"]
+        backprop = [backprop_depth_at(step, a["max_steps"], mean, *limits) for step, mean in enumerate(means)]
+        assert run_lengths(backprop) == reference["backprop_depth_rle"], name
 
 
 def test_learning_rate_equals_the_published_schedules(fixtures: Path) -> None:
@@ -46,6 +48,16 @@ def test_mean_depth_never_falls_and_ends_at_the_mean(steps: int, mean: int, ramp
     assert means == sorted(means)
     assert means[0] >= 1
     assert means[-1] == mean
+
+
+@given(st.integers(2, 500), st.integers(1, 64), st.integers(1, 16), st.integers(1, 16), st.floats(0, 1))
+def test_backprop_depth_grows_and_never_exceeds_the_mean(
+    steps: int, mean: int, backprop: int, start: int, share: float
+) -> None:
+    start = min(start, backprop)
+    depths = [backprop_depth_at(step, steps, mean, backprop, start, share) for step in range(steps - 1)]
+    assert depths == sorted(depths)
+    assert all(1 <= depth <= min(mean, backprop) for depth in depths)
 
 
 @given(st.integers(1, 500), st.floats(0, 0.5), st.floats(0, 0.5))

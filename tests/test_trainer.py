@@ -17,52 +17,29 @@ from localdepth.errors import DepthError, StorageError, TrainError  # noqa: E402
 from localdepth_train.checkpoint import Checkpoint  # noqa: E402
 from localdepth_train.curriculum import StepsCurriculum  # noqa: E402
 from localdepth_train.data import Encoder, draw_questions, micro_batches  # noqa: E402
-from localdepth_train.evaluation import accuracy_at, evaluate  # noqa: E402
-from localdepth_train.objective import IGNORED, loss, right_rows  # noqa: E402
+from localdepth_train.evaluation import accuracy_at, judge_questions  # noqa: E402
+from localdepth_train.objective import loss, right_rows  # noqa: E402
 from localdepth_train.recipe import Recipe, load_recipe, parse_recipe  # noqa: E402
 from localdepth_train.reference import ReferenceModel  # noqa: E402
 from localdepth_train.run_folder import RunFolder  # noqa: E402
 from localdepth_train.tasks import Split, questions  # noqa: E402
+from localdepth_train.text.packing import IGNORED  # noqa: E402
 from localdepth_train.trainer import Trainer, train  # noqa: E402
 from localdepth_train.vocabulary import ANSWER, BOS, EOS, train_tokenizer  # noqa: E402
+from tests.training import DEFAULT, changed, records, tiny_recipe  # noqa: E402
 
-DEFAULT = Path(__file__).parents[1] / "export/localdepth_train/recipes/default.toml"
 THREAD_ROUNDING = 1e-6  # a gradient summed in the same order but computed beside another
 
 
 @pytest.fixture(scope="module")
 def tiny() -> Recipe:
-    """The default recipe, shrunk to seconds."""
-    recipe = load_recipe(DEFAULT)
-    return replace(
-        recipe,
-        steps=12,
-        batch_size=24,
-        micro_batches=2,
-        threads=1,
-        bf16=False,
-        log_every=1,
-        save_every=4,
-        evaluate_every=6,
-        evaluate_questions=2,
-        evaluate_depths=(1, 3),
-        model=replace(recipe.model, n_embd=32, n_head=2, n_head_kv=2, head_dim=16, n_ff=32),
-        tasks=replace(recipe.tasks, families=("turn", "hop")),
-        depth=replace(recipe.depth, mean=2),
-        optimizer=replace(recipe.optimizer, warmup=0.0, cooldown=0.2),
-    )
-
-
-def records(folder: Path) -> list[dict[str, object]]:
-    """The log without its clocks."""
-    lines = (json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k not in ("seconds", "cpu_seconds")} for line in lines]
+    return tiny_recipe()
 
 
 @pytest.fixture(scope="module")
 def trained(tiny: Recipe) -> tuple[Trainer, list[float]]:
     """A trainer that has begun to answer one-step questions, and its losses."""
-    trainer = Trainer(replace(tiny, steps=60, tasks=replace(tiny.tasks, families=("turn",))))
+    trainer = Trainer(changed(tiny, steps=60, tasks=replace(tiny.phases[0].tasks, families=("turn",))))
     return trainer, [trainer.advance()["loss"] for _ in range(60)]
 
 
@@ -85,7 +62,7 @@ def test_a_stopped_run_ends_where_an_undisturbed_one_does(tiny: Recipe, tmp_path
 
 
 def test_a_killed_run_goes_on_from_its_last_saved_state(tiny: Recipe, tmp_path: Path) -> None:
-    short = replace(tiny, steps=6)
+    short = changed(tiny, steps=6)
     whole = train(short, tmp_path / "whole")
     train(short, tmp_path / "killed", until=4)
     saved = (tmp_path / "killed/state.pt").read_bytes()
@@ -181,7 +158,7 @@ def test_evaluation_says_right_exactly_when_greedy_decoding_gives_the_answer(
 ) -> None:
     trainer, _ = trained
     asked = questions("turn", 1, 30, 0, Split.HELD_OUT)
-    judged = evaluate(trainer.model, Encoder(trainer.tokenizer, dense=False), asked, [2])
+    judged = judge_questions(trainer.model, Encoder(trainer.tokenizer, dense=False), asked, [2]).accuracy
     right = [greedy(trainer, question.text) == question.answer for question in asked]
     assert judged == {("turn", 1, 2): sum(right) / len(right)}
     assert 0 < accuracy_at(judged, 2) < 1  # else this test shows nothing
@@ -235,15 +212,15 @@ def test_a_vocabulary_too_small_for_the_values_is_refused() -> None:
     ("change", "said"),
     [
         (lambda text: text + "\n[extra]\n", "unknown key extra"),
-        (lambda text: text.replace("clip =", "clipping ="), "unknown key optimizer.clipping"),
+        (lambda text: text.replace("clip =", "clipping ="), r"unknown key phases\[0\].optimizer.clipping"),
         (lambda text: text.replace("seed = 0", ""), "missing key seed"),
         (lambda text: text.replace("n_embd = 128", ""), "missing key model.n_embd"),
         (lambda text: text.replace("seed = 0", 'seed = "zero"'), "seed='zero' must be of type int"),
         (lambda text: text.replace("bf16 = true", "bf16 = 1"), "bf16=1 must be of type bool"),
-        (lambda text: text.replace('ramp = "none"', 'ramp = "steep"'), "depth.ramp='steep' is not one of"),
+        (lambda text: text.replace("mean = 8", 'mean = 8\nramp = "steep"'), "depth.ramp='steep' is not one of"),
         (
-            lambda text: text.replace("[tasks]", "[tasks]\nx = 1").replace("x = 1", 'seen = "y"'),
-            "unknown key tasks.seen",
+            lambda text: text.replace("[phases.tasks]", '[phases.tasks]\nseen = "y"'),
+            r"unknown key phases\[0\].tasks.seen",
         ),
         (lambda text: text.replace('"hop"', '"chess"'), "known are"),
         (lambda text: text.replace("off_topic_share = 0.05", "off_topic_share = 5"), "is a share"),
@@ -262,7 +239,7 @@ def test_a_wrong_recipe_says_what_is_wrong(change: Callable[[str], str], said: s
 
 def test_an_evaluation_depth_beyond_the_model_is_refused() -> None:
     with pytest.raises((TrainError, DepthError)):
-        parse_recipe(DEFAULT.read_text().replace("evaluate_depths = [1, 2,", "evaluate_depths = [1, 200,"))
+        parse_recipe(DEFAULT.read_text().replace("depths = [1, 2,", "depths = [1, 200,"))
 
 
 def test_a_missing_recipe_file_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""What grows during training: mean depth, question length, and the learning rate's rise and fall.
+"""What grows during training: mean depth, backprop depth, question length, and the learning rate's rise and fall.
 
-``mean_depth_at`` and ``lr_multiplier`` equal the published trainers' schedules. ``StepsCurriculum`` is ours.
+``mean_depth_at``, ``backprop_depth_at`` and ``lr_multiplier`` equal the published trainers' schedules.
+``StepsCurriculum`` is ours.
 """
 
 import math
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["Ramp", "StepsCurriculum", "lr_multiplier", "mean_depth_at"]
+__all__ = ["Ramp", "StepsCurriculum", "backprop_depth_at", "lr_multiplier", "mean_depth_at"]
 
 
 class Ramp(StrEnum):
@@ -19,6 +20,7 @@ class Ramp(StrEnum):
     NONE = "none"
     LINEAR = "linear"
     ONE_MINUS_SQRT = "1-sqrt"  # slow start, steep end: cheaper than linear
+    COSINE = "cosine"  # slow start, slow end
 
 
 def mean_depth_at(step: int, steps: int, mean_depth: int, ramp: Ramp, share: float) -> int:
@@ -30,8 +32,28 @@ def mean_depth_at(step: int, steps: int, mean_depth: int, ramp: Ramp, share: flo
     if ramp is Ramp.NONE or step >= width:
         return mean_depth
     part = step / width
-    grown = part if ramp is Ramp.LINEAR else 1 - math.sqrt(1 - part)
+    match ramp:
+        case Ramp.LINEAR:
+            grown = part
+        case Ramp.ONE_MINUS_SQRT:
+            grown = 1 - math.sqrt(1 - part)
+        case Ramp.COSINE:
+            grown = (1 - math.cos(math.pi * part)) / 2
     return max(1, math.ceil(mean_depth * grown))
+
+
+def backprop_depth_at(step: int, steps: int, mean_depth: int, backprop: int, start: int, share: float) -> int:
+    """Passes that carry gradient at optimiser step ``step`` (from 0), never more than its ``mean_depth``.
+
+    Grows linearly from ``start`` to ``backprop`` over ``share`` of the steps; a share of 0 means no growth. The
+    published schedule is one step ahead of the others and ends with the run: its very last step is back at ``start``.
+    """
+    width = math.ceil(share * steps)
+    if not width:
+        return min(backprop, mean_depth)
+    at = step + 1
+    grown = at / width if at < width else float(at < steps)
+    return min(mean_depth, math.ceil(start + (backprop - start) * grown))
 
 
 def lr_multiplier(step: int, steps: int, warmup: float, cooldown: float, floor: float = 1e-3) -> float:

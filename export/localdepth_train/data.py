@@ -1,4 +1,4 @@
-"""Batches for the trainer: drawn questions as token rows with dense labels, cut into micro-batches by length."""
+"""Batches for the trainer, and questions as token rows with dense labels, cut into micro-batches by length."""
 
 import random
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from localdepth_train.curriculum import StepsCurriculum
 from localdepth_train.families import FAMILIES
-from localdepth_train.objective import IGNORED
 from localdepth_train.off_topic import stray
 from localdepth_train.tasks import Question, Split, draw
+from localdepth_train.text.packing import IGNORED
 from localdepth_train.vocabulary import BOS, EOS, prompt, value_ids
 
 __all__ = ["Encoder", "MicroBatch", "Row", "draw_questions", "micro_batches"]
@@ -29,11 +29,28 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Questions of similar length: ids and labels [B,T], short rows filled up at the end with ignored labels."""
+    """Rows that are computed together: ids and labels [B,T], short rows filled up at the end with ignored labels.
 
-    questions: Sequence[Question]
+    Attributes:
+        documents: [B,T] which document of its row a position belongs to, where attention keeps to documents.
+        questions: [B] what the rows ask, where they are questions.
+    """
+
     ids: Tensor
     labels: Tensor
+    documents: Tensor | None = None
+    questions: Sequence[Question] = ()
+
+    def share(self, rank: int, size: int) -> "MicroBatch":
+        """The rows of one of ``size`` processes."""
+        mine = slice(rank, None, size)
+        documents = None if self.documents is None else self.documents[mine]
+        return MicroBatch(self.ids[mine], self.labels[mine], documents, self.questions[mine])
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on a device."""
+        documents = None if self.documents is None else self.documents.to(device)
+        return MicroBatch(self.ids.to(device), self.labels.to(device), documents, self.questions)
 
 
 class Encoder:
@@ -64,7 +81,7 @@ class Encoder:
         width = max(len(row.ids) for row in rows)
         ids = [row.ids + [self._pad] * (width - len(row.ids)) for row in rows]
         labels = [row.labels + [IGNORED] * (width - len(row.labels)) for row in rows]
-        return MicroBatch([row.question for row in rows], torch.tensor(ids), torch.tensor(labels))
+        return MicroBatch(torch.tensor(ids), torch.tensor(labels), questions=[row.question for row in rows])
 
 
 def draw_questions(curriculum: StepsCurriculum, n: int, off_topic_share: float, rng: random.Random) -> list[Question]:

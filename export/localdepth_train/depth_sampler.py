@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Passes", "sample_passes", "seeded"]
+__all__ = ["Passes", "sample_each", "sample_passes", "seeded"]
 
 _SEED = 514229  # of the published trainers; one stream per data step
 
@@ -39,3 +39,10 @@ def sample_passes(mean_depth: int, backprop_depth: int, generator: torch.Generat
     tau = torch.empty(1).normal_(math.log(mean_depth) - sigma**2 / 2, sigma, generator=generator)
     total = int(torch.poisson(tau.exp(), generator=generator).item()) + 1
     return Passes(max(total - backprop_depth, 0), min(total, backprop_depth))
+
+
+def sample_each(
+    n: int, mean_depth: int, backprop_depth: int, generator: torch.Generator, sigma: float = 0.5
+) -> list[Passes]:
+    """A draw of its own for each of ``n`` sequences."""
+    return [sample_passes(mean_depth, backprop_depth, generator, sigma) for _ in range(n)]

@@ -1,29 +1,36 @@
 """A training run as a TOML file: everything that decides the result, nothing else."""
 
-import tomllib
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from types import GenericAlias
-from typing import Any, TypeVar
 
 from localdepth.config import ModelConfig
-from localdepth.errors import ConfigError, TrainError
+from localdepth.errors import TrainError
 from localdepth_train.curriculum import Ramp
 from localdepth_train.families import FAMILIES
+from localdepth_train.text.settings import TextRecipe
+from localdepth_train.toml_records import parse
 
-__all__ = ["DepthRecipe", "OptimizerRecipe", "Recipe", "StepsRecipe", "TasksRecipe", "load_recipe", "parse_recipe"]
+__all__ = [
+    "DepthRecipe",
+    "DrawPer",
+    "EvaluationRecipe",
+    "ObjectiveRecipe",
+    "OptimizerRecipe",
+    "Phase",
+    "Recipe",
+    "StepsRecipe",
+    "TasksRecipe",
+    "load_recipe",
+    "parse_recipe",
+]
 
-T = TypeVar("T")
 
+class DrawPer(StrEnum):
+    """What shares one draw of the depth."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TasksRecipe:
-    """What to train on."""
-
-    families: tuple[str, ...]
-    off_topic_share: float  # of questions, answered by the refusal
+    BATCH = "batch"  # a micro-batch, on all processes: as published
+    SEQUENCE = "sequence"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,93 +42,209 @@ class StepsRecipe:
     threshold: float
     mastered_weight: float
 
+    def __post_init__(self) -> None:
+        _check_counts("tasks.question_steps", start=self.start)
+        if self.start > self.top:
+            raise TrainError(f"question_steps.start={self.start} exceeds question_steps.top={self.top}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TasksRecipe:
+    """Generated questions; ``evaluate_questions`` are judged per family and number of steps, up to ``evaluate_steps``.
+
+    Without that number questions are judged up to the longest trained. ``dense`` labels the value after every step, not
+    the answer alone.
+    """
+
+    families: tuple[str, ...]
+    off_topic_share: float  # of questions, answered by the refusal
+    question_steps: StepsRecipe
+    evaluate_questions: int
+    evaluate_steps: int | None = None
+    dense: bool = True
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.families) - set(FAMILIES)):
+            raise TrainError(f"tasks.families names {', '.join(unknown)}; known are {', '.join(FAMILIES)}")
+        if not self.families:
+            raise TrainError(f"tasks.families is empty; name some of {', '.join(FAMILIES)}")
+        _check_shares("tasks", off_topic_share=self.off_topic_share)
+        _check_counts("tasks", evaluate_questions=self.evaluate_questions)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DepthRecipe:
-    """How deep to train; see ``sample_passes`` and ``mean_depth_at``."""
+    """How deep to train; see ``sample_passes``, ``mean_depth_at`` and ``backprop_depth_at``."""
 
     mean: int
-    sigma: float
     backprop: int  # passes that carry gradient
-    ramp: Ramp
-    ramp_share: float  # of the steps
-    follow_steps: bool  # never deeper on average than questions are long on average
+    sigma: float = 0.5
+    per: DrawPer = DrawPer.BATCH
+    ramp: Ramp = Ramp.NONE
+    ramp_share: float = 0.0  # of the steps
+    backprop_start: int = 1
+    backprop_ramp_share: float = 0.0  # of the steps
+    follow_steps: bool = False  # never deeper on average than questions are long on average
+    fixed: bool = False  # always ``mean`` passes: no draw
+
+    def __post_init__(self) -> None:
+        _check_counts("depth", mean=self.mean, backprop=self.backprop, backprop_start=self.backprop_start)
+        _check_shares("depth", ramp_share=self.ramp_share, backprop_ramp_share=self.backprop_ramp_share)
+        if self.sigma < 0:
+            raise TrainError(f"depth.sigma={self.sigma} must not be negative")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerRecipe:
     """Learning rates and their schedule; see ``Optimizers`` and ``lr_multiplier``."""
 
-    muon_lr: float
     adamw_lr: float
-    weight_decay: float
-    clip: float
-    warmup: float  # share of the steps
-    cooldown: float  # share of the steps
+    muon_lr: float = 0.0  # 0: AdamW for everything
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    warmup: float = 0.0  # share of the steps
+    cooldown: float = 0.0  # share of the steps
+
+    def __post_init__(self) -> None:
+        _check_shares("optimizer", warmup=self.warmup, cooldown=self.cooldown)
+        if self.adamw_lr <= 0 or self.muon_lr < 0 or self.clip <= 0:
+            raise TrainError(
+                f"optimizer.adamw_lr={self.adamw_lr} and optimizer.clip={self.clip} must be above 0, "
+                f"optimizer.muon_lr={self.muon_lr} at least 0"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveRecipe:
+    """What is added to the cross entropy.
+
+    Attributes:
+        teacher: checkpoint of the untouched base, whose predictions are distilled.
+        distillation: weight of KL(teacher || model) at ``temperature``, per labelled position.
+        consistency: weight of KL(all passes || the passes without gradient), both decoded; teaches every depth to
+            say what the deepest says. Counts where there are passes without gradient.
+    """
+
+    teacher: str | None = None
+    distillation: float = 0.0
+    temperature: float = 1.0
+    consistency: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.distillation < 0 or self.consistency < 0 or self.temperature <= 0:
+            raise TrainError(
+                f"objective.distillation={self.distillation} and objective.consistency={self.consistency} must not be "
+                f"negative, objective.temperature={self.temperature} must be above 0"
+            )
+        if (self.teacher is None) != (self.distillation == 0):
+            raise TrainError(
+                f"objective.teacher={self.teacher!r} and objective.distillation={self.distillation} belong together; "
+                "give both or neither"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One stretch of a run, such as healing and then the target; each begins with a fresh optimiser.
+
+    It trains on generated questions or on text.
+    """
+
+    name: str
+    steps: int
+    depth: DepthRecipe
+    optimizer: OptimizerRecipe
+    tasks: TasksRecipe | None = None
+    text: TextRecipe | None = None
+    objective: ObjectiveRecipe = ObjectiveRecipe()
+
+    def __post_init__(self) -> None:
+        _check_counts(f"phase {self.name!r}:", steps=self.steps)
+        if (self.tasks is None) == (self.text is None):
+            raise TrainError(f"phase {self.name!r} needs either tasks or text to train on")
+        if self.depth.follow_steps and self.tasks is None:
+            raise TrainError(f"phase {self.name!r}: depth.follow_steps needs tasks, text has no steps")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRecipe:
+    """Every how many steps held-out data are judged, at which depths; the end of a phase always is."""
+
+    every: int
+    depths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check_counts("evaluation", every=self.every)
+        if not self.depths or any(depth < 1 for depth in self.depths):
+            raise TrainError(f"evaluation.depths={list(self.depths)} must be one or more depths of at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One training run.
+    """One training run: a fresh model, or one to start from, and the phases it goes through.
 
-    ``evaluate_questions`` are drawn per family and number of steps and judged at every one of ``evaluate_depths``.
+    Attributes:
+        batch_size: sequences of one optimiser step, over all micro-batches and processes.
+        micro_batches: parts of that which are computed one after the other, each at its own depth.
+        threads: micro-batches computed side by side, a thread each: small models gain; 1 leaves the threads to torch.
+        bf16: matrix products in bfloat16: several times faster where the processor has instructions for it.
+        recompute: see ``run_passes``; memory no longer grows with the layers of the core.
+        shard: several processes keep a part of the model each.
+        compile: let torch compile the layers; takes a minute to begin.
+        start: checkpoint folder to start from, as ``localdepth retrofit`` writes it.
     Raises:
         TrainError: when a value is out of its range.
     """
 
     seed: int
-    steps: int
     batch_size: int
-    micro_batches: int
-    threads: int
-    bf16: bool  # matrix products in bfloat16: several times faster where the CPU has instructions for it
-    log_every: int
     save_every: int
-    evaluate_every: int
-    evaluate_questions: int
-    evaluate_depths: tuple[int, ...]
-    model: ModelConfig
-    tasks: TasksRecipe
-    question_steps: StepsRecipe
-    depth: DepthRecipe
-    optimizer: OptimizerRecipe
+    evaluation: EvaluationRecipe
+    phases: tuple[Phase, ...]
+    micro_batches: int = 1
+    threads: int = 1
+    bf16: bool = False
+    recompute: bool = False
+    shard: bool = False
+    compile: bool = False
+    model: ModelConfig | None = None
+    start: str | None = None
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.tasks.families) - set(FAMILIES)):
-            raise TrainError(f"tasks.families names {', '.join(unknown)}; known are {', '.join(FAMILIES)}")
-        if not self.tasks.families:
-            raise TrainError(f"tasks.families is empty; name some of {', '.join(FAMILIES)}")
-        for name, value in (
-            ("steps", self.steps),
-            ("batch_size", self.batch_size),
-            ("micro_batches", self.micro_batches),
-            ("threads", self.threads),
-            ("log_every", self.log_every),
-            ("save_every", self.save_every),
-            ("evaluate_every", self.evaluate_every),
-            ("evaluate_questions", self.evaluate_questions),
-            ("question_steps.start", self.question_steps.start),
-            ("depth.mean", self.depth.mean),
-            ("depth.backprop", self.depth.backprop),
-        ):
-            if value < 1:
-                raise TrainError(f"{name}={value} must be at least 1")
+        _check_counts(
+            "",
+            batch_size=self.batch_size,
+            micro_batches=self.micro_batches,
+            threads=self.threads,
+            save_every=self.save_every,
+        )
         if self.micro_batches > self.batch_size:
             raise TrainError(f"micro_batches={self.micro_batches} exceeds batch_size={self.batch_size}")
-        if self.question_steps.start > self.question_steps.top:
-            raise TrainError(
-                f"question_steps.start={self.question_steps.start} exceeds question_steps.top={self.question_steps.top}"
-            )
-        for name, share in (
-            ("tasks.off_topic_share", self.tasks.off_topic_share),
-            ("depth.ramp_share", self.depth.ramp_share),
-            ("optimizer.warmup", self.optimizer.warmup),
-            ("optimizer.cooldown", self.optimizer.cooldown),
-        ):
-            if not 0 <= share <= 1:
-                raise TrainError(f"{name}={share} is a share; give 0 to 1")
-        for depth in self.evaluate_depths:
-            self.model.check_depth(depth, measure=True)
+        if (self.model is None) == (self.start is None):
+            raise TrainError("a recipe needs either [model], for a fresh one, or start, a checkpoint folder")
+        if not self.phases:
+            raise TrainError("a recipe needs at least one [[phases]]")
+        if self.model is not None:
+            for depth in self.evaluation.depths:
+                self.model.check_depth(depth, measure=True)
+
+    def given(self, start: str | None = None, text: str | None = None) -> "Recipe":
+        """This recipe with another checkpoint to start from, or with one text for all text phases; None keeps.
+
+        Raises:
+            TrainError: when it starts from nothing, or trains on no text.
+        """
+        changed = self if start is None else replace(self, start=start, model=None)
+        if text is None:
+            return changed
+        if all(phase.text is None for phase in self.phases):
+            raise TrainError(f"text={text!r}: no phase of this recipe trains on text")
+        return replace(changed, phases=tuple(_with_text(phase, text) for phase in self.phases))
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -139,40 +262,26 @@ def load_recipe(path: str | Path) -> Recipe:
 
 def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     """Like ``load_recipe``, from the file's text."""
-    try:
-        return _build(Recipe, tomllib.loads(text), "")
-    except tomllib.TOMLDecodeError as error:
-        raise TrainError(f"{name} is not valid TOML: {error}") from error
-    except (ConfigError, TrainError) as error:
-        raise TrainError(f"{name}: {error}") from error
+    return parse(Recipe, text, name)
 
 
-def _build(kind: type[T], table: Mapping[str, Any], where: str) -> T:
-    """A record from a TOML table: no unknown key, and none missing that has no default."""
-    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]  # every kind here is a dataclass
-    if unknown := sorted(set(table) - set(known)):
-        raise TrainError(f"unknown key {where}{unknown[0]}; known here are {', '.join(known)}")
-    if missing := [key for key, item in known.items() if item.default is MISSING and key not in table]:
-        raise TrainError(f"missing key {where}{missing[0]}")
-    return kind(**{key: _value(known[key].type, value, f"{where}{key}") for key, value in table.items()})
+def _with_text(phase: Phase, path: str) -> Phase:
+    if phase.text is None:
+        return phase
+    return replace(phase, text=replace(phase.text, sources=(replace(phase.text.sources[0], path=path),)))
 
 
-def _value(kind: Any, value: Any, where: str) -> Any:
-    """One TOML value as the type of its field."""
-    if isinstance(kind, GenericAlias):  # tuple[item, ...]
-        if not isinstance(value, list):
-            raise TrainError(f"{where}={value!r} must be a list")
-        return tuple(_value(kind.__args__[0], item, where) for item in value)
-    if isinstance(kind, type) and is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise TrainError(f"{where}={value!r} must be a table")
-        return _build(kind, value, f"{where}.")
-    if issubclass(kind, StrEnum):
-        if value not in list(kind):
-            raise TrainError(f"{where}={value!r} is not one of {', '.join(kind)}")
-        return kind(value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise TrainError(f"{where}={value!r} must be of type {kind.__name__}")
-    return value
+def _check_counts(where: str, **values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise TrainError(f"{_path(where, name)}={value} must be at least 1")
+
+
+def _check_shares(where: str, **values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise TrainError(f"{_path(where, name)}={value} is a share; give 0 to 1")
+
+
+def _path(where: str, name: str) -> str:
+    return f"{where} {name}" if where.endswith(":") else f"{where}.{name}" if where else name

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from localdepth.config import Injection, ModelConfig, NormPlacement, QkNorm, RopeStyle
 
-__all__ = ["Attend", "Block", "ReferenceModel", "Rotation", "causal_attention"]
+__all__ = ["Attend", "Block", "ReferenceModel", "Rotation", "attention_within", "causal_attention"]
 
 # (layer, q [B,H,T,D], k [B,Hkv,T,D], v [B,Hkv,T,D]) -> [B,H,T,D]; owns masking and any cache
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -55,15 +55,25 @@ class Rotation:
 
 
 def causal_attention(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of a whole sequence to itself, every position at the same pass.
+    """Attention of a whole sequence to itself, every position at the same pass."""
+    return _attention(q, k, v, None)
 
-    Computed in float32 even under autocast: the bfloat16 backward is several times slower on a CPU.
-    """
-    with torch.autocast(q.device.type, enabled=False):
-        out = functional.scaled_dot_product_attention(
-            q.float(), k.float(), v.float(), is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-        )
-    return out.type_as(v)
+
+def attention_within(documents: Tensor) -> Attend:
+    """Attention of packed rows to themselves; none looks beyond its document, numbered in ``documents`` [B,T]."""
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    mask = same & torch.ones(same.shape[-2:], dtype=torch.bool, device=documents.device).tril()  # [B,1,T,T]
+    return lambda _layer, q, k, v: _attention(q, k, v, mask)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """On a CPU in float32 even under autocast: the bfloat16 backward is several times slower there."""
+    heads = partial(functional.scaled_dot_product_attention, attn_mask=mask, is_causal=mask is None)
+    grouped = q.shape[1] != k.shape[1]
+    if q.device.type != "cpu":
+        return heads(q, k, v, enable_gqa=grouped)
+    with torch.autocast("cpu", enabled=False):
+        return heads(q.float(), k.float(), v.float(), enable_gqa=grouped).type_as(v)
 
 
 class Block(nn.Module):
@@ -79,14 +89,15 @@ class Block(nn.Module):
 
         before = config.norm_placement is not NormPlacement.POST_BRANCH
         after = config.norm_placement is not NormPlacement.PRE
-        full = config.qk_norm is QkNorm.FULL
+        self.norm_heads = config.qk_norm is QkNorm.HEAD
+        q_norm, k_norm = (self.head_dim, self.head_dim) if self.norm_heads else (q, kv)
         self.norm_sum = config.norm_placement is NormPlacement.ON_SUM
         self.attn_norm = norm(before, n)
         self.attn_q = nn.Linear(n, q, bias=config.qk_bias)
         self.attn_k = nn.Linear(n, kv, bias=config.qk_bias)
-        self.attn_v = nn.Linear(n, kv, bias=False)
-        self.attn_q_norm = norm(full, q)
-        self.attn_k_norm = norm(full, kv)
+        self.attn_v = nn.Linear(n, kv, bias=config.v_bias)
+        self.attn_q_norm = norm(config.qk_norm is not QkNorm.NONE, q_norm)
+        self.attn_k_norm = norm(config.qk_norm is not QkNorm.NONE, k_norm)
         self.attn_output = nn.Linear(q, n, bias=False)
         self.attn_post_norm = norm(after, n)
         self.ffn_norm = norm(before, n)
@@ -105,12 +116,17 @@ class Block(nn.Module):
         return joined
 
     def _attention(self, x: Tensor, rotation: Rotation, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        q = self._heads(self.attn_q_norm(self.attn_q(x)), self.n_head)
-        k = self._heads(self.attn_k_norm(self.attn_k(x)), self.n_head_kv)
+        q = self._heads(self._normed(self.attn_q(x), self.attn_q_norm), self.n_head)
+        k = self._heads(self._normed(self.attn_k(x), self.attn_k_norm), self.n_head_kv)
         v = self._heads(self.attn_v(x), self.n_head_kv)
         mixed = attend(rotation(q), rotation(k), v)  # [B,H,T,D]
         out: Tensor = self.attn_output(mixed.transpose(1, 2).flatten(2))
         return out
+
+    def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """Queries or keys [B,T,H*D], normed over their whole width or head by head."""
+        normed: Tensor = norm(x.view(*x.shape[:2], -1, self.head_dim) if self.norm_heads else x)
+        return normed.view(x.shape)
 
     def _heads(self, x: Tensor, n_head: int) -> Tensor:
         return x.view(*x.shape[:2], n_head, self.head_dim).transpose(1, 2)  # [B,T,H*D] -> [B,H,T,D]
@@ -173,17 +189,21 @@ class ReferenceModel(nn.Module):
         weight = self.token_embd.weight if self.config.tied_head else self.output.weight
         return functional.linear(self.output_norm(x), weight)
 
-    def embeds(self, ids: Tensor) -> Tensor:
+    def embeds(self, ids: Tensor, attend: Attend = causal_attention) -> Tensor:
         """Prelude output e: ids [B,T] -> [B,T,E]."""
-        return self.stage("prelude", self.embed(ids), self._rotation(ids))
+        return self.stage("prelude", self.embed(ids), self._rotation(ids), attend)
 
-    def core_pass(self, s: Tensor, e: Tensor, r: int) -> Tensor:
+    def core_pass(self, s: Tensor, e: Tensor, r: int, attend: Attend = causal_attention) -> Tensor:
         """One pass: s_{r+1} from s_r, both [B,T,E]."""
-        return self.stage("core", self.inject(s, e, r), self._rotation(s))
+        return self.stage("core", self.inject(s, e, r), self._rotation(s), attend)
+
+    def run_coda(self, s: Tensor, attend: Attend = causal_attention) -> Tensor:
+        """Coda's output: state [B,T,E] -> [B,T,E]."""
+        return self.stage("coda", self.enter_coda(s), self._rotation(s), attend)
 
     def logits(self, s: Tensor) -> Tensor:
         """Coda and head: state [B,T,E] -> [B,T,V]."""
-        return self.head(self.stage("coda", self.enter_coda(s), self._rotation(s)))
+        return self.head(self.run_coda(s))
 
     def states(self, ids: Tensor, depth: int, state: Tensor | None = None) -> Iterator[Tensor]:
         """Yield the raw state after each of ``depth`` passes, [B,T,E], starting from ``state`` or zeros."""

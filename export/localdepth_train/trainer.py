@@ -1,4 +1,4 @@
-"""The training loop: draw questions, run to a sampled depth, backpropagate through the last passes, step, repeat.
+"""The training loop: draw a batch, run to a sampled depth, backpropagate through the last passes, step, repeat.
 
 Everything random is a function of the recipe's seed and the step, so a run that was stopped and started again ends
 bit for bit where an undisturbed one does.
@@ -8,47 +8,53 @@ import hashlib
 import json
 import math
 import os
-import random
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.tensor import DTensor
 
+from localdepth.config import StateInit
 from localdepth.errors import TrainError
 from localdepth_train.checkpoint import save
-from localdepth_train.curriculum import StepsCurriculum, lr_multiplier, mean_depth_at
-from localdepth_train.data import Encoder, MicroBatch, draw_questions, micro_batches
-from localdepth_train.depth_sampler import Passes, sample_passes, seeded
-from localdepth_train.evaluation import Accuracy, accuracy_at, evaluate
-from localdepth_train.objective import IGNORED, labelled_logits, right_rows
+from localdepth_train.curriculum import backprop_depth_at, lr_multiplier, mean_depth_at
+from localdepth_train.data import MicroBatch
+from localdepth_train.depth_sampler import Passes, sample_each, sample_passes, seeded
+from localdepth_train.evaluation import Evaluation
+from localdepth_train.flops import Flops
 from localdepth_train.optim import Optimizers
-from localdepth_train.recipe import Recipe
-from localdepth_train.reference import ReferenceModel
+from localdepth_train.recipe import DrawPer, Recipe
+from localdepth_train.reference import Block
 from localdepth_train.run_folder import RunFolder
-from localdepth_train.tasks import evaluation
-from localdepth_train.vocabulary import tokenizer_files, train_tokenizer
+from localdepth_train.sources import open_source
+from localdepth_train.start import Start
+from localdepth_train.team import open_team
+from localdepth_train.terms import Job, Objective
+from localdepth_train.text.packing import IGNORED
 
 __all__ = ["Report", "Trainer", "train"]
 
-_EVALUATION_SEED = 1
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # however many processes share the model
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """How a run stands when ``train`` returns.
 
-    ``loss`` is the last step's; ``accuracy`` the last evaluation, by (family, steps, depth), empty if there was none;
-    ``checkpoint`` is None while steps are left.
+    ``loss`` is the last step's; ``evaluation`` the last one, None if there was none; ``checkpoint`` is None while steps
+    are left.
     """
 
     steps: int
     loss: float
-    accuracy: Accuracy
+    evaluation: Evaluation | None
     checkpoint: Path | None
 
 
@@ -68,61 +74,68 @@ def train(
         should_stop: asked after every step; once true, the run is saved and ends early, to be gone on with.
     Raises:
         TrainError: when the folder belongs to another recipe, or the loss is no longer a number.
-        StorageError: when the folder cannot be written.
+        StorageError: when the folder cannot be written; the last saved state is kept.
     """
-    torch.set_num_threads(1)  # micro-batches run side by side instead: nothing spins when the machine is shared
-    run, trainer = RunFolder(folder), Trainer(recipe)
+    trainer = Trainer(recipe)
+    run = RunFolder(folder, writes=trainer.team.rank == 0)
     if state := run.read_state():
         trainer.restore(state)
     run.rewind_log(trainer.step)
-    loss, accuracy = math.nan, Accuracy()
+
+    def tell(record: Mapping[str, Any]) -> None:
+        run.log(record)
+        on_record(record)
+
+    loss, evaluation = math.nan, None
     last = recipe.steps if until is None else min(until, recipe.steps)
     stopped = False
     while trainer.step < last and not stopped:
         record = trainer.advance()
-        step, loss = trainer.step, record["loss"]
-        if step % recipe.log_every == 0:
-            run.log(record)
-            on_record(record)
-        if step % recipe.evaluate_every == 0 or step == recipe.steps:
-            accuracy = trainer.evaluate()
-            summary = {"step": step, **_summary(accuracy)}
-            run.log(summary)
-            on_record(summary)
-        stopped = should_stop()
-        if step % recipe.save_every == 0 or step == last or stopped:
+        loss = record["loss"]
+        tell(record)
+        if trainer.step % recipe.evaluation.every == 0 or trainer.ends_phase:
+            evaluation = trainer.evaluate()
+            tell({**trainer.position, "evaluation": evaluation.record()})
+        stopped = any(trainer.team.gather(should_stop()))
+        if trainer.step % recipe.save_every == 0 or trainer.step == last or stopped:
             run.write_state(trainer.state())
     done = trainer.step == recipe.steps
-    return Report(trainer.step, loss, accuracy, trainer.export(run.checkpoint) if done else None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """What one micro-batch gives: its share of loss and gradients, and which questions were all right."""
-
-    loss: float
-    gradients: tuple[Tensor, ...]
-    right: list[bool]
+    return Report(trainer.step, loss, evaluation, trainer.export(run.checkpoint) if done else None)
 
 
 class Trainer:
     """A model in training and everything that changes with it."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.step = 0
-        self.tokenizer = train_tokenizer(recipe.model.n_vocab, recipe.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            self.model = ReferenceModel(recipe.model)
-        plan = recipe.optimizer
-        self.optimizers = Optimizers(self.model, plan.muon_lr, plan.adamw_lr, plan.weight_decay)
-        growth = recipe.question_steps
-        self.curriculum = StepsCurriculum.begin(
-            recipe.tasks.families, growth.start, growth.top, growth.threshold, growth.mastered_weight
-        )
-        self._dense = Encoder(self.tokenizer, dense=True)
-        self._pool = ThreadPoolExecutor(recipe.threads)
+        self.recipe, self.team = recipe, open_team(recipe.threads, recipe.shard)
+        self._ends = list(accumulate(phase.steps for phase in recipe.phases))  # step after which each phase is over
+        self.step = self.n_tokens = 0
+        self.flops = 0.0
+        self._start = Start.of(recipe)
+        self.model, self.tokenizer = self._start.model.to(self.team.device), self._start.tokenizer
+        if recipe.batch_size % (recipe.micro_batches * self.team.size) and self.team.size > 1:
+            raise TrainError(
+                f"batch_size={recipe.batch_size} must be a multiple of micro_batches x processes = "
+                f"{recipe.micro_batches * self.team.size}"
+            )
+        for depth in recipe.evaluation.depths:
+            self.model.config.check_depth(depth, measure=True)
+        self._cost = Flops.of(self.model.config)
+        if recipe.compile:
+            for module in self.model.modules():
+                if isinstance(module, Block):
+                    module.compile()
+        self._enter(0)
+
+    @property
+    def ends_phase(self) -> bool:
+        """Whether the step just made was the last of its phase."""
+        return self.step in self._ends
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Where the run stands, for the log."""
+        return {"step": self.step, "phase": self._phase.name, "tokens": self.n_tokens, "flops": self.flops}
 
     def advance(self) -> dict[str, Any]:
         """One optimiser step; returns its log record.
@@ -130,43 +143,55 @@ class Trainer:
         Raises:
             TrainError: when the loss is no longer a number.
         """
-        recipe, plan = self.recipe, self.recipe.optimizer
-        rng = random.Random(f"{recipe.seed} {self.step}")
-        questions = draw_questions(self.curriculum, recipe.batch_size, recipe.tasks.off_topic_share, rng)
-        batches = micro_batches(self._dense, questions, recipe.micro_batches)
-        n_labels = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-        mean_depth = self._mean_depth()
-        passes = [self._draw_passes(mean_depth, i) for i in range(len(batches))]
-        # the longest first, or one thread would end up alone with it
-        parts = list(self._pool.map(self._part, batches[::-1], passes[::-1], [n_labels] * len(batches)))[::-1]
-        loss = sum(part.loss for part in parts)
+        began = time.perf_counter()
+        if self.step in self._ends:
+            self._enter(self._ends.index(self.step) + 1)
+        at, phase, plan = self.step - self._begin, self._phase, self._phase.optimizer
+        mean_depth, backprop = self._depths(at)
+        batches = [batch.to(self.team.device) for batch in self.source.draw(self.step)]
+        passes = [self._draw_passes(mean_depth, backprop, i, len(batch.ids)) for i, batch in enumerate(batches)]
+        n_labels = sum(self.team.gather(sum(int((batch.labels != IGNORED).sum()) for batch in batches)))
+        jobs = [
+            Job(batch, *drawn, self._draw_state(i, batch), n_labels)
+            for i, (batch, drawn) in enumerate(zip(batches, passes, strict=True))
+        ]
+        parts = self.team.gradients(self.objective, self._loss, jobs)
+        loss = sum(self.team.gather(sum(value for value, _ in parts)))
         if not math.isfinite(loss):
-            raise TrainError(f"loss={loss} at step {self.step}; lower the learning rates, muon_lr={plan.muon_lr} first")
-        for parameter, *gradients in zip(self.model.parameters(), *(part.gradients for part in parts), strict=True):
-            parameter.grad = sum(gradients[1:], start=gradients[0])
-        nn.utils.clip_grad_norm_(self.model.parameters(), plan.clip)
-        self.optimizers.step(lr_multiplier(self.step, recipe.steps, plan.warmup, plan.cooldown))
-        for batch, drawn, part in zip(batches, passes, parts, strict=True):
-            for question, right in zip(batch.questions, part.right, strict=True):
-                self.curriculum.record(question.family, question.steps, drawn.depth, right)
+            raise TrainError(
+                f"loss={loss} at step {self.step + 1}; lower the learning rates of phase {phase.name!r}, "
+                f"muon_lr={plan.muon_lr} and adamw_lr={plan.adamw_lr}; the last saved state is kept"
+            )
+        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), plan.clip)
+        factor = lr_multiplier(at, phase.steps, plan.warmup, plan.cooldown)
+        self.optimizers.step(factor)
+        self._learn(jobs, [right for _, right in parts])
+        tokens, depths = self._count(jobs)
         self.step += 1
-        return {"step": self.step, "loss": loss, "mean_depth": mean_depth, "levels": dict(self.curriculum.levels)}
+        return {
+            **self.position,
+            "loss": loss,
+            "mean_depth": mean_depth,
+            "backprop_depth": backprop,
+            "depths": {str(depth): n for depth, n in sorted(depths.items())},
+            "lr": factor,
+            "gradient_norm": float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
+            "tokens_per_second": round(tokens / (time.perf_counter() - began)),
+        }
 
-    def evaluate(self) -> Accuracy:
-        """Accuracy on held-out questions, the same ones every time."""
-        families, steps = self.recipe.tasks.families, range(1, self.recipe.question_steps.top + 1)
-        questions = evaluation(_EVALUATION_SEED, self.recipe.evaluate_questions, families, steps)
-        with self._precision():
-            return evaluate(self.model, Encoder(self.tokenizer, dense=False), questions, self.recipe.evaluate_depths)
+    def evaluate(self) -> Evaluation:
+        """The phase's held-out data, the same every time."""
+        with self._precision(), self.team.whole(self.objective):
+            return self.source.evaluate(self.model, self.recipe.evaluation.depths)
 
     def state(self) -> dict[str, Any]:
         """Everything it takes to go on."""
         return {
             "recipe": _fingerprint(self.recipe),
-            "step": self.step,
-            "model": self.model.state_dict(),
+            **self.position,
+            "model": get_model_state_dict(self.model, options=_WHOLE),
             "optimizers": self.optimizers.state(),
-            "curriculum": self.curriculum.state(),
+            "source": self.source.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -177,47 +202,111 @@ class Trainer:
         """
         if state["recipe"] != _fingerprint(self.recipe):
             raise TrainError("the folder holds a run of another recipe; give a new folder or the recipe it began with")
-        self.step = state["step"]
-        self.model.load_state_dict(state["model"])
+        self.step, self.n_tokens, self.flops = state["step"], state["tokens"], state["flops"]
+        set_model_state_dict(self.model, state["model"], options=_WHOLE)
+        self._enter(next(i for i, end in enumerate(self._ends) if self.step <= end))
         self.optimizers.restore(state["optimizers"])
-        self.curriculum.restore(state["curriculum"])
+        self.source.restore(state["source"])
 
     def export(self, path: Path) -> Path:
-        """Write the model as a checkpoint in our own layout, float32, tokenizer included."""
-        tensors = {name: tensor.numpy() for name, tensor in self.model.state_dict().items()}
-        return save(path, self.recipe.model, tensors, tokenizer_files(self.tokenizer))
+        """Write the model as a checkpoint in our own layout, float32, tokenizer included.
 
-    def _mean_depth(self) -> int:
-        plan = self.recipe.depth
-        mean = mean_depth_at(self.step, self.recipe.steps, plan.mean, plan.ramp, plan.ramp_share)
-        return min(mean, max(1, round(self.curriculum.mean_level))) if plan.follow_steps else mean
+        One that started from a checkpoint gets the depth it was trained for as its default.
+        """
+        weights = cast(dict[str, Tensor], get_model_state_dict(self.model, options=_WHOLE))  # by all, for the first
+        config, mean = self.model.config, self._phase.depth.mean
+        if self.recipe.start is not None:
+            deepest = max(config.max_depth, 2 * mean)
+            least = min(config.auto_min_depth, mean)
+            config = replace(
+                config,
+                default_depth=mean,
+                max_depth=deepest,
+                auto_min_depth=least,
+                trained_mean_depth=float(mean),
+            )
+        if self.team.rank == 0:
+            save(path, config, {name: tensor.numpy() for name, tensor in weights.items()}, self._start.files)
+        self.team.gather(None)  # it is there when any process says so
+        return path
 
-    def _draw_passes(self, mean_depth: int, part: int) -> Passes:
-        data_step = self.step * self.recipe.micro_batches + part + 1
-        backprop = min(self.recipe.depth.backprop, mean_depth)
-        return sample_passes(mean_depth, backprop, seeded(data_step), self.recipe.depth.sigma)
+    def _enter(self, index: int) -> None:
+        """Begin a phase: its data, a fresh optimiser."""
+        self._phase, self._begin = self.recipe.phases[index], [0, *self._ends][index]
+        team, plan = self.team, self._phase.optimizer
+        self.source = open_source(self.recipe, self._phase, self._start, team.rank, team.size)
+        self.objective = team.prepare(Objective(self.model, self._phase.objective, self.recipe.recompute))
+        self.optimizers = Optimizers(self.model, plan.muon_lr, plan.adamw_lr, plan.weight_decay)
 
-    def _part(self, batch: MicroBatch, passes: Passes, n_labels: int) -> _Part:
-        """Run one micro-batch, as its share of the mean over ``n_labels``."""
+    def _depths(self, at: int) -> tuple[int, int]:
+        """Mean depth and backprop depth of step ``at`` of the phase."""
+        plan, steps = self._phase.depth, self._phase.steps
+        mean = mean_depth_at(at, steps, plan.mean, plan.ramp, plan.ramp_share)
+        if plan.follow_steps and self.source.mean_steps is not None:
+            mean = min(mean, max(1, round(self.source.mean_steps)))
+        return mean, backprop_depth_at(at, steps, mean, plan.backprop, plan.backprop_start, plan.backprop_ramp_share)
+
+    def _draw_passes(self, mean_depth: int, backprop: int, part: int, n: int) -> tuple[list[Passes], list[Passes]]:
+        """Passes of this process's ``n`` rows of micro-batch ``part``, and of the rows of others."""
+        plan, rank, size = self._phase.depth, self.team.rank, self.team.size
+        generator = seeded(self._data_step(part))
+        if plan.fixed:
+            drawn = [Passes(max(mean_depth - backprop, 0), min(mean_depth, backprop))] * n * size
+        elif plan.per is DrawPer.BATCH:
+            drawn = [sample_passes(mean_depth, backprop, generator, plan.sigma)] * n * size
+        else:
+            drawn = sample_each(n * size, mean_depth, backprop, generator, plan.sigma)
+        return drawn[rank::size], [one for i, one in enumerate(drawn) if i % size != rank]
+
+    def _data_step(self, part: int) -> int:
+        """Number of a micro-batch in the whole run, from 1."""
+        return self.step * self.recipe.micro_batches + part + 1
+
+    def _draw_state(self, part: int, batch: MicroBatch) -> Tensor | None:
+        """s_0 of the rows of micro-batch ``part``, from the model's distribution; None where it starts from zeros."""
+        config, (n, n_tokens) = self.model.config, batch.ids.shape
+        if config.state_init is StateInit.ZEROS:
+            return None
+        generator = torch.Generator().manual_seed((self.recipe.seed << 40) + self._data_step(part))
+        noise = torch.randn((n * self.team.size, n_tokens, config.n_embd), generator=generator)
+        return (noise[self.team.rank :: self.team.size] * config.state_std).to(self.team.device)
+
+    def _loss(self, objective: nn.Module, job: Job) -> tuple[Tensor, list[bool]]:
         with self._precision():
-            logits = labelled_logits(self.model, batch.ids, batch.labels, passes.n_nograd, passes.k_grad).float()
-            targets = batch.labels[batch.labels != IGNORED]
-            loss = functional.cross_entropy(logits, targets, reduction="sum") / n_labels
-        gradients = torch.autograd.grad(loss, list(self.model.parameters()))
-        return _Part(loss.item(), gradients, right_rows(logits, batch.labels).tolist())
+            loss, right = objective(job)
+        return loss, right.tolist()
+
+    def _learn(self, jobs: list[Job], right: list[list[bool]]) -> None:
+        """Tell the source how every row of every process did, in the order they were drawn."""
+        mine = [
+            list(zip(((q.family, q.steps) for q in job.batch.questions), job.passes, outcome, strict=True))
+            for job, outcome in zip(jobs, right, strict=True)
+            if job.batch.questions
+        ]
+        for parts in zip(*self.team.gather(mine), strict=True):
+            rows = [row for together in zip_longest(*parts) for row in together if row is not None]
+            self.source.learn(*zip(*rows, strict=True))
+
+    def _count(self, jobs: list[Job]) -> tuple[int, Counter[int]]:
+        """Add this step to tokens and FLOPs of all processes; returns its tokens, and its sequences by depth."""
+        tokens = sum(job.batch.ids.numel() for job in jobs)
+        depths = Counter(drawn.depth for job in jobs for drawn in job.passes)
+        flops = sum(self._flops(job) for job in jobs)
+        everyone = self.team.gather((tokens, flops, depths))
+        new = sum(tokens for tokens, _, _ in everyone)
+        self.n_tokens += new
+        self.flops += sum(flops for _, flops, _ in everyone)
+        return new, sum((depths for _, _, depths in everyone), Counter())
+
+    def _flops(self, job: Job) -> float:
+        n_labels = int((job.batch.labels != IGNORED).sum())
+        return self._cost.training([*job.passes, *job.others], job.batch.ids.numel(), n_labels, self.recipe.recompute)
 
     def _precision(self) -> torch.autocast:
         # threads would share the cache of cast weights, so it stays off
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16, cache_enabled=False)
-
-
-def _summary(accuracy: Accuracy) -> dict[str, Any]:
-    """Mean accuracy by depth, and every cell as {family: {steps: {depth: share}}}."""
-    cells: dict[str, dict[str, dict[str, float]]] = {}
-    for (family, steps, depth), share in accuracy.items():
-        cells.setdefault(family, {}).setdefault(str(steps), {})[str(depth)] = round(share, 4)
-    depths = sorted({depth for _, _, depth in accuracy})
-    return {"accuracy": {str(depth): round(accuracy_at(accuracy, depth), 4) for depth in depths}, "cells": cells}
+        return torch.autocast(
+            self.team.device.type, torch.bfloat16, enabled=self.recipe.bf16, cache_enabled=self.recipe.threads == 1
+        )
 
 
 def _fingerprint(recipe: Recipe) -> str:
