@@ -1,0 +1,162 @@
+"""The claims, each as arms that are trained for equal FLOPs and compared."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from localdepth.config import ModelConfig, StateInit
+from localdepth_train.checkpoint import save
+from localdepth_train.curriculum import Ramp, backprop_depth_at, mean_depth_at
+from localdepth_train.depth_sampler import Passes, sample_passes, seeded
+from localdepth_train.findings.grounds import Ground, Layers
+from localdepth_train.flops import Flops
+from localdepth_train.recipe import DepthRecipe
+from localdepth_train.reference import ReferenceModel
+from localdepth_train.start import open_checkpoint
+from localdepth_train.surgery import retrofit
+from localdepth_train.trainer import train
+
+__all__ = ["EXPERIMENTS", "Arm", "Experiment", "flops_per_token", "make_base", "run_arm", "steps_for"]
+
+_LABEL_SHARE = 0.3  # of positions; the head counts in the same way for all arms, so this only has to be about right
+_PUBLISHED = DepthRecipe(mean=4, backprop=4)
+_PLAIN = DepthRecipe(mean=1, backprop=1, fixed=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        depth: how deep.
+        start: what from: "retrofit" (surgery), "random" (the same model, drawn afresh) or "plain" (the base itself).
+        layers: picks the layers that surgery keeps.
+    """
+
+    depth: DepthRecipe = _PUBLISHED
+    start: str = "retrofit"
+    layers: Callable[[Ground], Layers] = field(default=lambda ground: ground.layers)
+    injection: str = "concat_linear"
+    init: str = "identity"
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """A claim and the arms that test it; the first arm sets the FLOPs of the others."""
+
+    claim: str
+    arms: Mapping[str, Arm]
+
+
+EXPERIMENTS = {
+    "pretrained": Experiment(
+        "a retrofit of a pretrained model is better than the same model from random weights, at equal FLOPs",
+        {"pretrained": Arm(), "random": Arm(start="random")},
+    ),
+    "curriculum": Experiment(
+        "growing the mean depth during training saves FLOPs for the same loss",
+        {
+            "no curriculum": Arm(),
+            "1-sqrt": Arm(replace(_PUBLISHED, ramp=Ramp.ONE_MINUS_SQRT, ramp_share=0.75)),
+            "linear": Arm(replace(_PUBLISHED, ramp=Ramp.LINEAR, ramp_share=0.25)),
+        },
+    ),
+    "retrofit": Experiment(
+        "a retrofit is better than training the plain model on, at equal FLOPs",
+        {"retrofit": Arm(), "plain": Arm(_PLAIN, start="plain")},
+    ),
+    "surgery": Experiment(
+        "late core layers and the linear injection are the right choice",
+        {
+            "late, identity": Arm(),
+            "late, paper": Arm(init="paper"),
+            "late, pass-through": Arm(init="pass-through"),
+            "late, add": Arm(injection="add", init="pass-through"),
+            "early, identity": Arm(layers=lambda ground: ground.early_layers),
+            "all, identity": Arm(layers=lambda ground: ground.all_layers),
+        },
+    ),
+    "depth": Experiment(
+        "depths beyond the training mean still help, or at least do no harm",
+        {f"mean {mean}": Arm(replace(_PUBLISHED, mean=mean)) for mean in (4, 2, 8)},
+    ),
+}
+
+
+def make_base(ground: Ground, folder: Path, seed: int) -> Path:
+    """The plain model that the arms of one seed begin with, made once in ``folder``."""
+    torch.set_num_threads(1)
+    return ground.base(folder / f"base-seed{seed}", seed)
+
+
+def run_arm(name: str, arm: str, ground: Ground, folder: Path, seed: int) -> list[dict[str, Any]]:
+    """Train one arm of an experiment, or go on with it; returns its evaluations as logged."""
+    torch.set_num_threads(1)
+    base, place = ground.base(folder / f"base-seed{seed}", seed), folder / name
+    arms = EXPERIMENTS[name].arms
+    first = next(iter(arms))
+    starts = {one: place / f"{_slug(one)}-start-seed{seed}" for one in (first, arm)}
+    standard = _start(arms[first], ground, base, starts[first], seed)[1] if arm != first else None
+    start, config = _start(arms[arm], ground, base, starts[arm], seed)
+    budget = ground.steps * flops_per_token(standard or config, arms[first].depth, ground.steps)
+    recipe = ground.recipe(start, arms[arm].depth, steps_for(budget, config, arms[arm].depth), seed)
+    run = place / f"{_slug(arm)}-seed{seed}"
+    train(recipe, run)
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [record for record in records if "evaluation" in record]
+
+
+def _start(arm: Arm, ground: Ground, base: Path, folder: Path, seed: int) -> tuple[Path, ModelConfig]:
+    if arm.start == "plain":
+        return base, open_checkpoint(str(base)).config
+    layers = arm.layers(ground)
+    made = retrofit(
+        base,
+        folder,
+        prelude=layers.prelude,
+        core=layers.core,
+        coda=layers.coda,
+        injection=arm.injection,
+        init=arm.init,
+        seed=seed,
+    )
+    if arm.start == "random":
+        checkpoint = open_checkpoint(str(made.path))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            fresh = ReferenceModel(made.config).state_dict()
+        tensors = {name: tensor.numpy() for name, tensor in fresh.items()}
+        save(folder, replace(made.config, state_init=StateInit.ZEROS), tensors, checkpoint.carried())
+    return folder, made.config
+
+
+def steps_for(budget: float, config: ModelConfig, depth: DepthRecipe) -> int:
+    """Steps that cost ``budget``, which is in FLOPs of a step for each of its tokens."""
+    steps = 1
+    for _ in range(4):  # a ramp's cost depends on the steps it is spread over
+        steps = max(1, round(budget / flops_per_token(config, depth, steps)))
+    return steps
+
+
+def flops_per_token(config: ModelConfig, depth: DepthRecipe, steps: int) -> float:
+    """Of a step on average, for a token of it; drawn as the trainer draws."""
+    cost = Flops.of(config)
+    drawn = list(_passes(depth, steps))
+    return sum(cost.training([one], 1, 0, recompute=False) for one in drawn) / len(drawn) + 6 * cost.head * _LABEL_SHARE
+
+
+def _passes(depth: DepthRecipe, steps: int) -> Iterator[Passes]:
+    for step in range(max(steps, 200)):
+        at = step * steps // max(steps, 200)
+        mean = mean_depth_at(at, steps, depth.mean, depth.ramp, depth.ramp_share)
+        k = backprop_depth_at(at, steps, mean, depth.backprop, depth.backprop_start, depth.backprop_ramp_share)
+        always = Passes(max(mean - k, 0), min(mean, k))
+        yield always if depth.fixed else sample_passes(mean, k, seeded(step + 1), depth.sigma)
+
+
+def _slug(name: str) -> str:
+    return name.replace(", ", "-").replace(" ", "-")
