@@ -114,7 +114,9 @@ def job(ids: Tensor, *passes: Passes) -> Job:
 
 
 def value(model: ReferenceModel, recipe: ObjectiveRecipe, *passes: Passes) -> float:
-    loss, _ = Objective(model, recipe, recompute=False)(job(tokens(), *passes))
+    objective = Objective(model, recompute=False)
+    objective.pursue(recipe)
+    loss, _ = objective(job(tokens(), *passes))
     return float(loss.detach())
 
 

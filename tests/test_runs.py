@@ -180,9 +180,7 @@ def wait_for_steps(log: Path, n: int) -> None:
 @pytest.mark.parametrize("per", DrawPer)
 @pytest.mark.parametrize("shard", [False, True])
 def test_two_processes_lose_as_one_does(tmp_path: Path, per: DrawPer, shard: bool) -> None:
-    depth = tiny_recipe().phases[0].depth
-    recipe = replace(changed(tiny_recipe(), depth=replace(depth, per=per)), shard=shard)
-    train(recipe, tmp_path / "alone")
+    train(shared_recipe(per, shard), tmp_path / "alone")
     together(tmp_path, per, shard)
     assert losses(tmp_path / "together") == pytest.approx(losses(tmp_path / "alone"), rel=SHARED_ROUNDING)
     one, other = records(tmp_path / "alone"), records(tmp_path / "together")
@@ -191,16 +189,22 @@ def test_two_processes_lose_as_one_does(tmp_path: Path, per: DrawPer, shard: boo
 
 def together(folder: Path, per: DrawPer, shard: bool) -> None:
     """The same recipe by two processes."""
-    program = (
-        "import sys; from dataclasses import replace; from pathlib import Path; import torch\n"
-        "from localdepth_train.trainer import train; from tests.training import changed, tiny_recipe\n"
-        "torch.set_num_threads(1); tiny = tiny_recipe(); depth = tiny.phases[0].depth\n"
-        f"recipe = replace(changed(tiny, depth=replace(depth, per=type(depth.per)({str(per)!r}))), shard={shard})\n"
-        f"train(recipe, {str(folder / 'together')!r})\n"
+    (folder / "program.py").write_text(
+        "import torch; torch.set_num_threads(1)\n"
+        "from localdepth_train.recipe import DrawPer; from localdepth_train.trainer import train\n"
+        "from tests.test_runs import shared_recipe\n"
+        f"train(shared_recipe(DrawPer({str(per)!r}), {shard}), {str(folder / 'together')!r})\n"
     )
-    (folder / "program.py").write_text(program)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, str(folder / "program.py")], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def shared_recipe(per: DrawPer, shard: bool) -> Recipe:
+    """Two phases of six steps by AdamW: Muon works in bfloat16 and magnifies how sums were rounded."""
+    tiny = tiny_recipe()
+    depth, optimizer = replace(tiny.phases[0].depth, per=per), replace(tiny.phases[0].optimizer, muon_lr=0.0)
+    [phase] = changed(tiny, steps=6, depth=depth, optimizer=optimizer).phases
+    return replace(tiny, shard=shard, phases=(phase, replace(phase, name="again")))

@@ -21,7 +21,7 @@ __all__ = ["RunFolder"]
 
 log = logging.getLogger(__name__)
 
-_KEYS = {"recipe", "step", "tokens", "flops", "model", "optimizers", "source"}
+_KEYS = {"recipe", "step", "tokens", "flops", "loss", "model", "optimizers", "source"}
 
 
 class RunFolder:

@@ -32,10 +32,15 @@ class Job:
 class Objective(nn.Module):
     """A model with what it is trained for, as one module that processes can share."""
 
-    def __init__(self, model: ReferenceModel, recipe: ObjectiveRecipe, recompute: bool) -> None:
+    def __init__(self, model: ReferenceModel, recompute: bool) -> None:
         super().__init__()
-        self.model, self._recipe, self._recompute = model, recipe, recompute
+        self.model, self._recompute = model, recompute
+        self.pursue(ObjectiveRecipe())
+
+    def pursue(self, recipe: ObjectiveRecipe) -> None:
+        """Train for these terms from now on."""
         teacher = None if recipe.teacher is None else load_reference(open_checkpoint(recipe.teacher))
+        self._recipe = recipe
         self._teacher = (teacher,)  # hidden from the module: its weights are not trained
 
     def forward(self, job: Job) -> tuple[Tensor, Tensor]:

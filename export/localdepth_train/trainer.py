@@ -86,12 +86,11 @@ def train(
         run.log(record)
         on_record(record)
 
-    loss, evaluation = math.nan, None
+    evaluation = None
     last = recipe.steps if until is None else min(until, recipe.steps)
     stopped = False
     while trainer.step < last and not stopped:
         record = trainer.advance()
-        loss = record["loss"]
         tell(record)
         if trainer.step % recipe.evaluation.every == 0 or trainer.ends_phase:
             evaluation = trainer.evaluate()
@@ -100,7 +99,7 @@ def train(
         if trainer.step % recipe.save_every == 0 or trainer.step == last or stopped:
             run.write_state(trainer.state())
     done = trainer.step == recipe.steps
-    return Report(trainer.step, loss, evaluation, trainer.export(run.checkpoint) if done else None)
+    return Report(trainer.step, trainer.loss, evaluation, trainer.export(run.checkpoint) if done else None)
 
 
 class Trainer:
@@ -110,7 +109,7 @@ class Trainer:
         self.recipe, self.team = recipe, open_team(recipe.threads, recipe.shard)
         self._ends = list(accumulate(phase.steps for phase in recipe.phases))  # step after which each phase is over
         self.step = self.n_tokens = 0
-        self.flops = 0.0
+        self.flops, self.loss = 0.0, math.nan  # the last step's
         self._start = Start.of(recipe)
         self.model, self.tokenizer = self._start.model.to(self.team.device), self._start.tokenizer
         if recipe.batch_size % (recipe.micro_batches * self.team.size) and self.team.size > 1:
@@ -125,6 +124,8 @@ class Trainer:
             for module in self.model.modules():
                 if isinstance(module, Block):
                     module.compile()
+        self._terms = Objective(self.model, recipe.recompute)
+        self.objective = self.team.prepare(self._terms)
         self._enter(0)
 
     @property
@@ -157,17 +158,18 @@ class Trainer:
         ]
         parts = self.team.gradients(self.objective, self._loss, jobs)
         loss = sum(self.team.gather(sum(value for value, _ in parts)))
-        if not math.isfinite(loss):
+        clipped = nn.utils.clip_grad_norm_(self.objective.parameters(), plan.clip)
+        norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)
+        if not math.isfinite(loss) or not math.isfinite(norm):
             raise TrainError(
-                f"loss={loss} at step {self.step + 1}; lower the learning rates of phase {phase.name!r}, "
-                f"muon_lr={plan.muon_lr} and adamw_lr={plan.adamw_lr}; the last saved state is kept"
+                f"loss={loss}, gradient_norm={norm} at step {self.step + 1}; lower the learning rates of phase "
+                f"{phase.name!r}, muon_lr={plan.muon_lr} and adamw_lr={plan.adamw_lr}; the last saved state is kept"
             )
-        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), plan.clip)
         factor = lr_multiplier(at, phase.steps, plan.warmup, plan.cooldown)
         self.optimizers.step(factor)
         self._learn(jobs, [right for _, right in parts])
         tokens, depths = self._count(jobs)
-        self.step += 1
+        self.step, self.loss = self.step + 1, loss
         return {
             **self.position,
             "loss": loss,
@@ -175,7 +177,7 @@ class Trainer:
             "backprop_depth": backprop,
             "depths": {str(depth): n for depth, n in sorted(depths.items())},
             "lr": factor,
-            "gradient_norm": float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
+            "gradient_norm": norm,
             "tokens_per_second": round(tokens / (time.perf_counter() - began)),
         }
 
@@ -189,6 +191,7 @@ class Trainer:
         return {
             "recipe": _fingerprint(self.recipe),
             **self.position,
+            "loss": self.loss,
             "model": get_model_state_dict(self.model, options=_WHOLE),
             "optimizers": self.optimizers.state(),
             "source": self.source.state(),
@@ -202,7 +205,7 @@ class Trainer:
         """
         if state["recipe"] != _fingerprint(self.recipe):
             raise TrainError("the folder holds a run of another recipe; give a new folder or the recipe it began with")
-        self.step, self.n_tokens, self.flops = state["step"], state["tokens"], state["flops"]
+        self.step, self.n_tokens, self.flops, self.loss = (state[name] for name in ("step", "tokens", "flops", "loss"))
         set_model_state_dict(self.model, state["model"], options=_WHOLE)
         self._enter(next(i for i, end in enumerate(self._ends) if self.step <= end))
         self.optimizers.restore(state["optimizers"])
@@ -235,7 +238,7 @@ class Trainer:
         self._phase, self._begin = self.recipe.phases[index], [0, *self._ends][index]
         team, plan = self.team, self._phase.optimizer
         self.source = open_source(self.recipe, self._phase, self._start, team.rank, team.size)
-        self.objective = team.prepare(Objective(self.model, self._phase.objective, self.recipe.recompute))
+        self._terms.pursue(self._phase.objective)
         self.optimizers = Optimizers(self.model, plan.muon_lr, plan.adamw_lr, plan.weight_decay)
 
     def _depths(self, at: int) -> tuple[int, int]:
