@@ -141,7 +141,7 @@ def test_checkpoints_tasks_export_and_router_import_without_torch() -> None:
     program = (
         "import sys, localdepth_export, localdepth_router, localdepth_train.checkpoint, localdepth_train.tasks\n"
         "import localdepth_train.surgery\n"
-        "import localdepth_export.convert, localdepth_apps.curve\n"
+        "import localdepth_export.convert, localdepth_apps.curve, localdepth_apps.text_curve\n"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -1,7 +1,9 @@
 """The README's commands and examples are run, or their parts where the whole needs a fresh machine."""
 
+import gzip
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +23,10 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def run(command: str) -> "subprocess.CompletedProcess[str]":
+def run(command: str, folder: Path = ROOT) -> "subprocess.CompletedProcess[str]":
     words = shlex.split(command.replace(".venv/bin/", ""))
     assert words[0] == "localdepth"
-    return subprocess.run([sys.executable, "-m", "localdepth", *words[1:]], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run([sys.executable, "-m", "localdepth", *words[1:]], capture_output=True, text=True, cwd=folder)
 
 
 def examples() -> list[tuple[str, str]]:
@@ -68,9 +70,35 @@ def test_the_python_example_runs() -> None:
     assert done.stdout.startswith("Floor 3. 8 8.0")
 
 
-def test_the_recipe_named_here_is_one() -> None:
-    [line] = [line for block in blocks("sh") for line in block.splitlines() if "train run" in line]
-    assert load_recipe(ROOT / shlex.split(line)[3]).model.max_depth == 64
+def recipes() -> list[str]:
+    """Of every training command."""
+    return [shlex.split(line)[3] for block in blocks("sh") for line in block.splitlines() if "train run" in line]
+
+
+@pytest.mark.parametrize("path", recipes())
+def test_the_recipes_named_here_are_recipes(path: str) -> None:
+    assert load_recipe(ROOT / path)
+
+
+@pytest.mark.slow
+def test_the_walk_from_a_plain_model_to_a_looped_one_runs(fixtures: Path, tmp_path: Path) -> None:
+    """Every command of it, on the real model and the real stories, with a recipe of few steps."""
+    [walk] = [block for block in blocks("sh") if "localdepth retrofit" in block]
+    shutil.copytree(fixtures / "data" / "weights" / "babyllama-361", tmp_path / "babyllama-361")
+    sample = fixtures / "data" / "text" / "tinystories_sample.jsonl.gz"
+    stories = gzip.decompress(sample.read_bytes()).splitlines(keepends=True)
+    (tmp_path / "test.jsonl").write_bytes(b"".join(stories[:5]))
+    (tmp_path / "train.jsonl").write_bytes(b"".join(stories[200:500]))
+    [path] = [path for path in recipes() if path.endswith("heal.toml")]
+    few = re.sub(r"^(steps|held_out_documents) = \d+", r"\1 = 4", (ROOT / path).read_text(), flags=re.MULTILINE)
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(few)
+    for command in walk.splitlines():
+        done = run(command, tmp_path)
+        assert done.returncode == 0, (command, done.stderr)
+        if " ask " in command:
+            assert len(done.stdout.split()) > 20, command
+    assert (tmp_path / "runs" / "heal" / "report.png").exists()
 
 
 def test_every_command_named_here_exists() -> None:

@@ -1,6 +1,6 @@
 """Measurements: ``curve``, ``bench``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ from localdepth.cli.options import (
     ThreadsOption,
     parse_ints,
 )
+from localdepth.errors import RequestError
 from localdepth.loading import load
 from localdepth.memory import as_size
 from localdepth.model import Model
@@ -43,14 +44,23 @@ def curve(
     ] = 300,
     steps: Annotated[str, typer.Option("--steps", help="Numbers of steps to ask.")] = "1,2,3,4,5,6,7,8",
     data: Annotated[Path | None, typer.Option("--data", help="JSONL with question, answer, family, steps.")] = None,
+    text: Annotated[
+        str | None, typer.Option("--text", help="Predict this text instead: a file, glob or folder of .txt or .jsonl.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of the text at most.")] = 16_384,
     engine: EngineOption = "auto",
     n_threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure accuracy by steps and depth on questions the model has not been trained on."""
+    """Measure by depth: accuracy on questions the model has not been trained on, or the loss on a text."""
     from localdepth_apps.curve import measure
 
     wanted = parse_ints("depths", depths)
+    if text is not None:
+        if data:
+            raise RequestError(f"data={data} and text={text!r} are two measurements; ask for one at a time")
+        _text_curve(model, text, wanted, max_tokens, engine, n_threads, as_json)
+        return
     questions, is_right, note = (
         _questions_from(data) if data else _fresh_questions(seed, per_cell, parse_ints("steps", steps))
     )
@@ -139,6 +149,41 @@ def bench(
 
 def _tok_s(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _text_curve(
+    model: Path | None, text: str, depths: list[int], max_tokens: int, engine: str, n_threads: int | None, as_json: bool
+) -> None:
+    from localdepth_apps.text_curve import measure
+
+    with console.waiting("loading"):
+        loaded = load(model, engine=engine, n_threads=n_threads)
+    with loaded, console.tracking("predicting") as on_progress:
+        result = measure(loaded, _documents(text), depths, max_tokens, on_progress)
+    if as_json:
+        console.emit(result.to_dict())
+        return
+    bits = result.bits_per_character
+    rows = [
+        (str(depth), f"{loss:.4f}", f"{bits[depth]:.4f}", f"{100 * result.top1[depth]:.1f} %")
+        for depth, loss in result.loss.items()
+    ]
+    console.show_table(("depth", "nats a token", "bits a character", "likeliest"), rows)
+    console.say.print(f"{result.n_tokens:,} tokens, {result.n_characters:,} characters of {console.plain(text)}")
+
+
+def _documents(path: str) -> Iterator[str]:
+    """Texts as training reads them, in order; a plain text file is one."""
+    from localdepth_train.text.documents import BadRow
+    from localdepth_train.text.settings import SourceRecipe
+    from localdepth_train.text.sources import open_source
+
+    source = open_source(SourceRecipe(path=path, whole_files=True))
+    for part in range(source.n_parts):
+        for row in source.read(part, 0):
+            if isinstance(row, BadRow):
+                raise RequestError(f"{row.place} {row.reason}; mend or remove the row")
+            yield row.text
 
 
 def _questions_from(file: Path) -> _Questions:
