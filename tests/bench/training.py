@@ -35,6 +35,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile
 
 from localdepth.config import ModelConfig
@@ -92,7 +93,7 @@ class PlainLoop:
             loss.backward()
             total += loss.item()
             self.n_tokens += batch.ids.numel()
-        nn.utils.clip_grad_norm_(model.parameters(), self.phase.optimizer.clip)
+        clip_grad_norm_(model.parameters(), self.phase.optimizer.clip)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -287,7 +288,7 @@ def compare_processes(bench: Bench) -> None:
     """Print the speed of two threads and of two processes on the same batches."""
     two = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
     paces = {"two threads": member_pace(bench, ()), "two processes": member_pace(bench, two)}
-    print_paces("questions", paces)
+    print_paces("questions, float32", paces)
 
 
 def print_paces(title: str, paces: Mapping[str, Pace]) -> None:
@@ -354,7 +355,7 @@ def peak(bench: Bench, recipe: Recipe) -> float:
     events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
     counts = [event["args"] for event in sorted(events, key=lambda event: event["ts"])]
     before = counts[0]["Total Allocated"] - counts[0]["Bytes"]
-    return (max(count["Total Allocated"] for count in counts) - before) / MIB
+    return float(max(count["Total Allocated"] for count in counts) - before) / MIB
 
 
 PARTS = {"loop": compare_loops, "ways": compare_ways, "processes": compare_processes, "memory": weigh}
