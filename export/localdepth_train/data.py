@@ -17,6 +17,8 @@ from localdepth_train.vocabulary import BOS, EOS, prompt, value_ids
 
 __all__ = ["Encoder", "MicroBatch", "Row", "draw_questions", "micro_batches"]
 
+_LONG = 104  # tokens; the longest question of eight steps has fewer
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -54,7 +56,8 @@ class Encoder:
         position = {end: i for i, (_, end) in enumerate(offsets)}
         labels = [IGNORED] * len(ids)
         for end, value in question.labels if self._dense else ():
-            labels[position[len(BOS) + end]] = self._values[value]
+            pieces, last = self._values[value], position[len(BOS) + end]
+            labels[last - len(pieces) + 1 : last + 1] = pieces
         first = position[len(prompt(question))]  # the answer is predicted from here on
         labels[first:-1] = ids[first + 1 :]
         return Row(question, ids[:-1], labels[:-1])
@@ -80,7 +83,14 @@ def draw_questions(curriculum: StepsCurriculum, n: int, off_topic_share: float, 
 
 
 def micro_batches(encoder: Encoder, questions: Sequence[Question], parts: int) -> list[MicroBatch]:
-    """``questions`` sorted by length and cut into ``parts`` of equal count, so that little is padding."""
+    """``questions`` sorted by length and cut into at most ``parts``, so that little is padding; the costliest last.
+
+    Rows longer than ``_LONG`` have a part of their own, the others are cut into parts of equal count.
+    """
     rows = sorted(encoder.rows(questions), key=lambda row: len(row.ids))
-    size = -(-len(rows) // parts)
-    return [encoder.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+    n_short = sum(len(row.ids) <= _LONG for row in rows) if parts > 1 else len(rows)
+    size = -(-n_short // max(1, parts - (n_short < len(rows))))
+    cuts = [rows[i : min(i + size, n_short)] for i in range(0, n_short, max(1, size))]
+    if n_short < len(rows):
+        cuts.append(rows[n_short:])
+    return sorted((encoder.batch(cut) for cut in cuts), key=lambda batch: batch.ids.numel())

@@ -2,14 +2,21 @@
 
 hop    Who is Eve's friend's boss?                              facts in the weights: ``WORLD``
 cup    A coin is under the red cup. Swap red and blue. Which cup hides the coin?
-sum    Start with 47. Add 5. Take away 8. What is the last digit?
-turn   A robot faces north. Turn left. Swap east and west. Which way does it face?
-day    Today is Monday. Go 3 days forward. Go 5 days back. Which day is it?
-lift   The lift is on floor 4. Go up 3. Go down 2. Which floor is it on?
+sum    Start with 47. Add 5. Take away 128. Double it. What is the last digit?
+turn   The robot faces north. Turn left. Swap east and west. Which way does the robot face?
+day    Today is Monday. Let 3 days pass. Go 5 days back. Which day is it?
+month  The trip begins in May. Go 4 months forward. Which month is it?
+lift   The lift is on floor 4. Ride up 3 floors. Go down 2. Which floor is the lift on?
+grid   The piece is on c4. Go up. Step left. Which square is the piece on?
+lamp   The lamp is on. Flip the switch. Leave it alone. Is the lamp on or off?
+
+All but hop carry every fact in the question. Each kind has several openings, closings and spellings of a step, which
+go with one another freely. Whoever a question is about may be anybody: a name never changes the answer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 __all__ = ["FAMILIES", "WORLD", "Family", "Step"]
 
@@ -31,13 +38,19 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A kind of question over integer states; ``value`` names what a reader is told of a state."""
+    """A kind of question over integer states; ``value`` names what a reader is told of a state.
+
+    ``frames`` are pairs (opening, closing): ``{start}`` stands for the state at the start, as ``told`` reads it, and
+    ``{who}`` for ``subject`` or a name. ``answer`` has ``{}`` for the value.
+    """
 
     name: str
-    starts: Sequence[tuple[str, int]]  # (opening text, state)
+    subject: str
+    frames: Sequence[tuple[str, str]]
+    starts: Sequence[int]
+    told: Callable[[int], str]
     steps: Sequence[Step]
-    closings: Sequence[str]
-    answer: str  # with {} for the value
+    answer: str
     value: Callable[[int], str]
     seen_steps: int  # compositions up to this length are facts: they have no split
 
@@ -55,99 +68,248 @@ _RELATIONS = {  # person i -> person; permutations without fixed points, so that
 _CUPS = ("red", "blue", "green", "black")
 _WAYS = ("north", "east", "south", "west")
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+_MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
+_SIDE = 5  # squares along an edge of the grid
+_SQUARES = tuple(f"{file}{rank}" for rank in range(1, _SIDE + 1) for file in "abcde")
+_LAMP = ("off", "on")
 
 WORLD = {person: {relation: _PEOPLE[to[i]] for relation, to in _RELATIONS.items()} for i, person in enumerate(_PEOPLE)}
 
 
 def _hop() -> Family:
-    steps = [Step(relation, f"'s {relation}", to.__getitem__) for relation, to in _RELATIONS.items()]
-    starts = [(f"Who is {person}", i) for i, person in enumerate(_PEOPLE)]
-    return Family("hop", starts, steps, ["?"], "It is {}.", _PEOPLE.__getitem__, seen_steps=2)
+    return Family(
+        "hop",
+        subject="",
+        frames=[("Who is {start}", "?"), ("Name {start}", "."), ("I am looking for {start}", ". Who is it?")],
+        starts=range(len(_PEOPLE)),
+        told=_PEOPLE.__getitem__,
+        steps=[Step(relation, f"'s {relation}", to.__getitem__) for relation, to in _RELATIONS.items()],
+        answer="It is {}.",
+        value=_PEOPLE.__getitem__,
+        seen_steps=2,
+    )
 
 
 def _cup() -> Family:
-    steps = [
-        Step(f"{_CUPS[min(a, b)]}-{_CUPS[max(a, b)]}", f" Swap {_CUPS[a]} and {_CUPS[b]}.", _swap(a, b))
-        for a in range(len(_CUPS))
-        for b in range(len(_CUPS))
-        if a != b
-    ]
-    starts = [(f"A coin is under the {cup} cup.", i) for i, cup in enumerate(_CUPS)]
+    spellings = ("Swap {} and {}.", "Exchange the {} and {} cups.", "The {} and {} cups change places.")
     return Family(
         "cup",
-        starts,
-        steps,
-        [" Which cup hides the coin?", " Where is the coin?"],
-        "The {} cup.",
-        _CUPS.__getitem__,
+        subject="the player",
+        frames=_frames(
+            [
+                "A coin is under the {start} cup.",
+                "{who} hides a coin under the {start} cup.",
+                "The {start} cup has a coin.",
+            ],
+            ["Which cup hides the coin?", "Where is the coin?", "Under which cup is the coin now?"],
+        ),
+        starts=range(len(_CUPS)),
+        told=_CUPS.__getitem__,
+        steps=[
+            Step(f"{_CUPS[min(a, b)]}-{_CUPS[max(a, b)]}", " " + text.format(_CUPS[a], _CUPS[b]), _swap(a, b))
+            for text in spellings
+            for a, b in product(range(len(_CUPS)), repeat=2)
+            if a != b
+        ],
+        answer="The coin is under the {} cup.",
+        value=_CUPS.__getitem__,
         seen_steps=2,
     )
 
 
 def _sum() -> Family:
-    numbers = [*range(1, 10)] * 20 + [*range(10, 100)]  # two thirds have one digit
-    steps = [Step(f"+{n % 10}", f" Add {n}.", _move(n, 0, 999)) for n in numbers * 2]
-    steps += [
-        Step(f"-{n % 10}", f" {less} {n}.", _move(-n, 0, 999)) for n in numbers for less in ("Take away", "Subtract")
+    numbers = [*range(1, 10)] * 50 + [*range(10, 100)] * 5 + [*range(100, 1000)]  # as many of each length, nearly
+    more, less = ("Add {}.", "Plus {}.", "Increase it by {}."), ("Take away {}.", "Minus {}.", "Decrease it by {}.")
+    steps = [
+        Step(str(sign * n % 10), " " + text.format(n), _move(sign * n, 0, 9999))
+        for sign, texts in ((1, more), (-1, less))
+        for text in texts
+        for n in numbers
     ]
-    starts = [(f"Start with {n}.", n) for n in range(1, 100)]
+    doubled = [Step("double", f" {text}", lambda n: 2 * n if 2 * n < 10_000 else None) for text in _DOUBLE]
     return Family(
         "sum",
-        starts,
-        steps,
-        [" What is the last digit?", " Which digit is last?"],
-        "It is {}.",
-        lambda n: str(n % 10),
+        subject="the child",
+        frames=_frames(
+            ["Start with {start}.", "{who} writes down {start}.", "The number is {start}."],
+            ["What is the last digit?", "Which digit is last?", "What is the last digit of the number?"],
+        ),
+        starts=numbers,
+        told=str,
+        steps=steps + doubled * (len(numbers) // 3),
+        answer="The last digit is {}.",
+        value=lambda n: str(n % 10),
         seen_steps=1,
     )
 
 
+_DOUBLE = ("Double it.", "Multiply it by 2.", "Times 2.")
+
+
 def _turn() -> Family:
-    steps = [  # the swaps do not commute with the turns
-        Step("left", " Turn left.", lambda way: (way - 1) % 4),
-        Step("right", " Turn right.", lambda way: (way + 1) % 4),
-        Step("around", " Turn around.", lambda way: (way + 2) % 4),
-        Step("east-west", " Swap east and west.", lambda way: -way % 4),
-        Step("north-south", " Swap north and south.", lambda way: (2 - way) % 4),
-    ]
-    starts = [(f"A robot faces {way}.", i) for i, way in enumerate(_WAYS)]
+    changes: dict[str, tuple[tuple[str, ...], Change]] = {  # the swaps do not commute with the turns
+        "left": (("Turn left.", "Rotate left.", "Make a left turn."), lambda way: (way - 1) % 4),
+        "right": (("Turn right.", "Rotate right.", "Make a right turn."), lambda way: (way + 1) % 4),
+        "around": (("Turn around.", "Rotate twice.", "Make a half turn."), lambda way: (way + 2) % 4),
+        "east-west": (("Swap east and west.", "Swap west and east.", "Exchange east and west."), lambda way: -way % 4),
+        "north-south": (
+            ("Swap north and south.", "Swap south and north.", "Exchange north and south."),
+            lambda way: (2 - way) % 4,
+        ),
+    }
     return Family(
         "turn",
-        starts,
-        steps,
-        [" Which way does it face?", " Where does it face?"],
-        "It faces {}.",
-        _WAYS.__getitem__,
+        subject="the robot",
+        frames=_frames(
+            ["{who} faces {start}.", "{who} looks {start}.", "At first {who} points {start}."],
+            ["Which way does {who} face?", "Where does {who} look now?", "In which direction does {who} point?"],
+        ),
+        starts=range(len(_WAYS)),
+        told=_WAYS.__getitem__,
+        steps=_spelled(changes),
+        answer="It faces {}.",
+        value=_WAYS.__getitem__,
         seen_steps=2,
     )
 
 
-def _day() -> Family:
-    def go(n: int) -> Step:
-        count = f"{abs(n)} day{'' if abs(n) == 1 else 's'}"
-        return Step(f"{n:+d}", f" Go {count} {'forward' if n > 0 else 'back'}.", lambda day: (day + n) % 7)
-
-    steps = [go(n) for n in range(-6, 7) if n]
-    starts = [(f"Today is {day}.", i) for i, day in enumerate(_DAYS)]
+def _calendar(name: str, unit: str, preposition: str, values: Sequence[str]) -> Family:
+    forward = ("Go {} forward.", "Let {} pass.", "Move ahead {}.")
+    back = ("Go {} back.", "Step back {}.", "Move {} into the past.")
     return Family(
-        "day", starts, steps, [" Which day is it?", " What day is it?"], "It is {}.", _DAYS.__getitem__, seen_steps=1
+        name,
+        subject="the trip",
+        frames=_frames(
+            ["It is {start}.", f"{{who}} begins {preposition} {{start}}.", f"The {unit} is {{start}}."],
+            [f"Which {unit} is it?", f"What {unit} is it then?", f"Which {unit} is it in the end?"],
+        ),
+        starts=range(len(values)),
+        told=values.__getitem__,
+        steps=[
+            Step(str(sign * n % len(values)), " " + text.format(_count(n, unit)), _turn_wheel(sign * n, len(values)))
+            for sign, texts in ((1, forward), (-1, back))
+            for text in texts
+            for n in range(1, 10)
+        ],
+        answer="It is {}.",
+        value=values.__getitem__,
+        seen_steps=1,
     )
 
 
 def _lift() -> Family:
-    steps = [Step(f"{n:+d}", f" Go {'up' if n > 0 else 'down'} {abs(n)}.", _move(n, 1, 9)) for n in range(-5, 6) if n]
-    starts = [(f"The lift is on floor {n}.", n) for n in range(1, 10)]
-    return Family(
-        "lift", starts, steps, [" Which floor is it on?", " What floor is it on?"], "Floor {}.", str, seen_steps=2
+    up, down = (
+        ("Go up {n}.", "Ride up {count}.", "Climb {count}."),
+        ("Go down {n}.", "Ride down {count}.", "Sink {count}."),
     )
+    return Family(
+        "lift",
+        subject="the lift",
+        frames=_frames(
+            ["{who} is on floor {start}.", "{who} starts from floor {start}.", "On floor {start} {who} waits."],
+            ["Which floor is {who} on?", "What floor is it?", "On which floor does {who} end?"],
+        ),
+        starts=range(1, 10),
+        told=str,
+        steps=[
+            Step(f"{sign * n:+d}", " " + text.format(n=n, count=_count(n, "floor")), _move(sign * n, 1, 9))
+            for sign, texts in ((1, up), (-1, down))
+            for text in texts
+            for n in range(1, 6)
+        ],
+        answer="It is floor {}.",
+        value=str,
+        seen_steps=2,
+    )
+
+
+def _grid() -> Family:
+    def step(files: int, ranks: int) -> Change:
+        def change(square: int) -> int | None:
+            rank, file = divmod(square, _SIDE)
+            inside = 0 <= rank + ranks < _SIDE and 0 <= file + files < _SIDE
+            return square + ranks * _SIDE + files if inside else None
+
+        return change
+
+    ways = {"up": step(0, 1), "down": step(0, -1), "left": step(-1, 0), "right": step(1, 0)}
+    return Family(
+        "grid",
+        subject="the piece",
+        frames=_frames(
+            ["{who} is on {start}.", "{who} stands on square {start}.", "Put {who} on {start}."],
+            ["Which square is {who} on?", "On which square does {who} stand?", "Which square is it?"],
+        ),
+        starts=range(len(_SQUARES)),
+        told=_SQUARES.__getitem__,
+        steps=_spelled({way: (tuple(f"{go} {way}." for go in ("Go", "Move", "Step")), to) for way, to in ways.items()}),
+        answer="It is on {}.",
+        value=_SQUARES.__getitem__,
+        seen_steps=2,
+    )
+
+
+def _lamp() -> Family:
+    changes: dict[str, tuple[tuple[str, ...], Change]] = {
+        "flip": (("Flip the switch.", "Press the switch.", "Toggle it."), lambda lamp: 1 - lamp),
+        "on": (("Switch it on.", "Light it."), lambda lamp: 1),
+        "off": (("Switch it off.", "Put it out."), lambda lamp: 0),
+        "wait": (("Leave it alone.", "Wait a minute."), lambda lamp: lamp),
+    }
+    return Family(
+        "lamp",
+        subject="the hall",
+        frames=_frames(
+            ["The lamp is {start}.", "{who} has a lamp that is {start}.", "A lamp of {who} is {start}."],
+            ["Is the lamp on or off?", "Is it on or off now?", "How is the lamp in the end?"],
+        ),
+        starts=range(len(_LAMP)),
+        told=_LAMP.__getitem__,
+        steps=_spelled(changes),
+        answer="The lamp is {}.",
+        value=_LAMP.__getitem__,
+        seen_steps=2,
+    )
+
+
+def _frames(openings: Iterable[str], closings: Iterable[str]) -> list[tuple[str, str]]:
+    return [(opening, f" {closing}") for opening, closing in product(openings, closings)]
+
+
+def _spelled(changes: dict[str, tuple[tuple[str, ...], Change]]) -> list[Step]:
+    return [Step(key, f" {text}", change) for key, (texts, change) in changes.items() for text in texts]
+
+
+def _count(n: int, unit: str) -> str:
+    return f"{n} {unit}{'' if n == 1 else 's'}"
 
 
 def _swap(a: int, b: int) -> Change:
     return lambda cup: {a: b, b: a}.get(cup, cup)
 
 
+def _turn_wheel(n: int, length: int) -> Change:
+    return lambda state: (state + n) % length
+
+
 def _move(n: int, low: int, high: int) -> Change:
     return lambda state: state + n if low <= state + n <= high else None
 
 
-FAMILIES = {family.name: family for family in (_hop(), _cup(), _sum(), _turn(), _day(), _lift())}
+FAMILIES = {
+    family.name: family
+    for family in (
+        _hop(),
+        _cup(),
+        _sum(),
+        _turn(),
+        _calendar("day", "day", "on", _DAYS),
+        _calendar("month", "month", "in", _MONTHS),
+        _lift(),
+        _grid(),
+        _lamp(),
+    )
+}

@@ -1,45 +1,33 @@
-"""Text that is none of our questions, and the reply it gets."""
+"""Text that is none of our questions, and the reply it gets.
+
+A third is nearly a question (``near_miss``). The rest is a patchwork of talk, code, tables, word problems, choices,
+other languages and noise, mostly short, sometimes as long as the context allows.
+"""
 
 import random
 
-from localdepth_train.families import FAMILIES
-from localdepth_train.tasks import TRAINED_STEPS, Question, Split, draw
+from localdepth_train.near_miss import fill, near_miss
+from localdepth_train.off_topic_text import (
+    CODE,
+    FOREIGN,
+    INSTRUCTIONS,
+    OTHER_ENDINGS,
+    QUESTIONS,
+    SENTENCES,
+    SUMS,
+    WORDS,
+)
+from localdepth_train.tasks import Question
 
-__all__ = ["OFF_TOPIC", "REFUSAL", "off_topic", "stray"]
+__all__ = ["OFF_TOPIC", "REFUSAL", "off_topic", "refused", "stray"]
 
 OFF_TOPIC = "off-topic"  # stands where a question's family would
 REFUSAL = "I only know these kinds of questions."
 
 _LETTERS = "eeeeaaaiiooutttnnnsssrrrhhlldcmfpgwybvkxjqzETAOINSHRDLU0123456789.,;:!?'-()äéüß"
-_FRAMES = (
-    "What is {}?",
-    "Who is {}?",
-    "Where can I buy a {}?",
-    "How do I {} a {}?",
-    "Why is the {} so {}?",
-    "Tell me about {}.",
-    "Write a poem about a {} and a {}.",
-    "Translate {} into {}.",
-    "What is the capital of {}?",
-    "Which {} is the best for {}?",
-    "Can you help me with my {}?",
-    "I think that {} is {}, what do you say?",
-    "Explain {} to a {}.",
-    "Hello {}!",
-    "{}",
-    "{} {} {} {}",
-    "Please {} the {} before {}.",
-    "How many {} are in a {}?",
-    "Is it true that a {} can {}?",
-    "Give me a list of {} for the {}.",
-)
-_WORDS_TEXT = """
-apple bridge cat dance energy flower garden house island jacket kitchen lemon music night ocean paper quiet river
-school train umbrella village winter yellow zebra cook paint write open travel learn sleep sing build happy cold
-old strong France China Rome Paris history science money love weather python computer football coffee bread doctor
-friend teacher boss coin cup robot lift floor day Monday red blue north left number digit seven Eve Tom Ann
-"""
-_WORDS = tuple(_WORDS_TEXT.split())
+_ALPHABETS = ((0x20, 0x7E), (0xA0, 0x2FF), (0x300, 0xD7FF))  # ASCII, Latin, all others in two and three bytes
+_NEAR_MISS_SHARE = 0.35
+_LENGTHS = ((0.5, 80), (0.86, 320), (0.98, 1000), (1.0, 3000))  # (share of texts up to it, characters at most)
 
 
 def off_topic(n: int, seed: int) -> list[Question]:
@@ -49,31 +37,85 @@ def off_topic(n: int, seed: int) -> list[Question]:
 
 
 def stray(rng: random.Random) -> Question:
-    """One off-topic text: everyday talk, letters nobody knows, or our questions cut or crossed."""
-    text = rng.choice((_small_talk, _small_talk, _letters, _broken))(rng)
+    """One off-topic text."""
+    return refused(near_miss(rng) if rng.random() < _NEAR_MISS_SHARE else _patchwork(rng))
+
+
+def refused(text: str) -> Question:
+    """``text`` with the refusal as its answer."""
     return Question(text=text, answer=REFUSAL, family=OFF_TOPIC, steps=0, composition=(), labels=())
 
 
-def _small_talk(rng: random.Random) -> str:
-    frame = rng.choice(_FRAMES)
-    return frame.format(*(_word(rng) for _ in range(frame.count("{}"))))
+def _patchwork(rng: random.Random) -> str:
+    """Pieces of one to three kinds up to a drawn length, shorter ones far more often."""
+    draw = rng.random()
+    longest = next(longest for share, longest in _LENGTHS if draw <= share)
+    aim = rng.randint(1, longest)
+    kinds = rng.sample(_PIECES, rng.randint(1, 3))
+    between, text = rng.choice((" ", " ", " ", "\n", "\n\n")), rng.choice(kinds)(rng)
+    while len(text) < aim:
+        text += between + rng.choice(kinds)(rng)
+    return text[:longest]
+
+
+def _talk(rng: random.Random) -> str:
+    return fill(rng.choice(rng.choice((QUESTIONS, INSTRUCTIONS, SENTENCES))), rng, [_word(rng) for _ in range(8)])
+
+
+def _paragraph(rng: random.Random) -> str:
+    return " ".join(fill(rng.choice(SENTENCES), rng) for _ in range(rng.randint(1, 6)))
+
+
+def _code(rng: random.Random) -> str:
+    return fill(rng.choice(CODE), rng)
+
+
+def _word_problem(rng: random.Random) -> str:
+    facts = (rng.choice(SUMS) for _ in range(rng.randint(1, 4)))
+    return " ".join(fill(sentence, rng) for sentence in (*facts, rng.choice(OTHER_ENDINGS)))
+
+
+def _choice(rng: random.Random) -> str:
+    """A question with answers to choose from."""
+    options = (" ".join(_words(rng, rng.randint(1, 6))) for _ in range(4))
+    stem = rng.choice((_talk, _paragraph, _word_problem))(rng)
+    marks, form = rng.choice(("ABCD", "abcd", "1234")), rng.choice(("{}. {}", "({}) {}", "{}) {}"))
+    listed = (form.format(mark, option) for mark, option in zip(marks, options, strict=True))
+    return "\n".join((stem, *listed)) + rng.choice(("", "\nAnswer:"))
+
+
+def _foreign(rng: random.Random) -> str:
+    return rng.choice(FOREIGN)
+
+
+def _noise(rng: random.Random) -> str:
+    """Words without grammar, letters without words, or one sign again and again."""
+    match rng.randrange(4):
+        case 0:
+            return " ".join(_words(rng, rng.randint(1, 12)))
+        case 1:
+            return " ".join(_gibberish(rng) for _ in range(rng.randint(1, 8)))
+        case 2:
+            return "".join(chr(rng.randint(*rng.choice(_ALPHABETS))) for _ in range(rng.randint(1, 20)))
+        case _:
+            sign: str = rng.choice((*_LETTERS, "ha", "no ", "=", "*", "0", " ."))
+            return sign * rng.randint(1, 300)
+
+
+def _words(rng: random.Random, n: int) -> list[str]:
+    return [_word(rng) for _ in range(n)]
 
 
 def _word(rng: random.Random) -> str:
-    return rng.choice(_WORDS) if rng.random() < 0.7 else _gibberish(rng)
-
-
-def _letters(rng: random.Random) -> str:
-    return " ".join(_gibberish(rng) for _ in range(rng.randint(1, 8)))
+    """A known word, an ending on it or a capital, or one nobody knows."""
+    if rng.random() < 0.15:
+        return _gibberish(rng)
+    word = rng.choice(WORDS) + rng.choice(("", "", "", "s", "ed", "ing", "ly", "er", "ation"))
+    return word.capitalize() if rng.random() < 0.15 else word
 
 
 def _gibberish(rng: random.Random) -> str:
-    return "".join(rng.choices(_LETTERS, k=rng.randint(1, 8)))
+    return "".join(rng.choices(_LETTERS, k=rng.randint(1, 9)))
 
 
-def _broken(rng: random.Random) -> str:
-    """A story without its question, a question without its story, or two that do not belong together."""
-    told, asked = rng.sample([family for family in FAMILIES.values() if family.name != "hop"], 2)
-    question = draw(told, rng.randint(1, TRAINED_STEPS), Split.TRAIN, rng)
-    story, closing = question.text[: question.labels[-1][0]], rng.choice(asked.closings)
-    return rng.choice((story, closing.strip(), story + closing))
+_PIECES = (_talk, _talk, _paragraph, _code, _word_problem, _choice, _foreign, _noise)

@@ -54,17 +54,17 @@ def train_tokenizer(n_vocab: int, seed: int) -> Tokenizer:
     return tokenizer
 
 
-def value_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Token of every value a label can name, with its leading space.
+def value_ids(tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """Tokens of every value a label can name, the first with its leading space.
 
     Raises:
-        TrainError: when a value is more than one token.
+        TrainError: when a word is more than one token.
     """
-    values = {family.value(state) for family in FAMILIES.values() for _, state in family.starts}
-    ids = {value: tokenizer.encode(f" {value}").ids for value in sorted(values)}
-    if long := [value for value, pieces in ids.items() if len(pieces) != 1]:
-        raise TrainError(f"{', '.join(long)} need more than one token each; raise n_vocab")
-    return {value: pieces[0] for value, pieces in ids.items()}
+    values = {family.value(state) for family in FAMILIES.values() for state in family.starts}
+    ids: dict[str, list[int]] = {value: tokenizer.encode(f" {value}").ids for value in sorted(values)}
+    if long := [value for value, pieces in ids.items() if len(pieces) > 1 + sum(map(str.isdigit, value[1:]))]:
+        raise TrainError(f"{', '.join(long)} need more than one token a word; raise n_vocab")
+    return ids
 
 
 def prompt(question: Question) -> str:
