@@ -1,6 +1,7 @@
 """Generated questions: an independent reader of their text agrees with their answers, and the split is a split."""
 
 import calendar
+import random
 import re
 
 import pytest
@@ -8,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localdepth.errors import ConfigError
-from localdepth_train.families import FAMILIES, WORLD
+from localdepth_train.families import FAMILIES, WORLD, Family
 from localdepth_train.names import is_held_out
-from localdepth_train.near_miss import KINDS, near_miss
+from localdepth_train.near_miss import KINDS
 from localdepth_train.off_topic import REFUSAL, off_topic
 from localdepth_train.tasks import Question, Split, evaluation, is_right, overlap, questions, split
 
@@ -21,6 +22,17 @@ DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 MONTHS = list(calendar.month_name)[1:]
 CUPS = {"red", "blue", "green", "black"}
 CLOCKWISE = ["north", "east", "south", "west"]
+
+
+def whole(family: Family) -> str:
+    """Pattern of a whole question: an opening, steps and a closing of one family."""
+    steps = "|".join(sorted({re.escape(step.text) for step in family.steps}))
+    framed = "|".join(f"{re.escape(opening)}({steps})+{re.escape(closing)}" for opening, closing in family.frames)
+    starts = "|".join(sorted({family.told(state) for state in family.starts}))
+    return framed.replace(r"\{who\}", r"(The \w+|the \w+|[A-Z]\w*)").replace(r"\{start\}", f"({starts})")
+
+
+WHOLE = re.compile("|".join(map(whole, FAMILIES.values())))
 
 
 def solve(text: str) -> str:
@@ -182,9 +194,34 @@ def test_only_the_whole_answer_is_right() -> None:
     assert not is_right(question, question.answer.removesuffix("."))
 
 
+@given(family=families.filter(lambda name: name != "hop"), steps=st.integers(1, 8), seed=st.integers(0, 1000))
+def test_names_of_held_out_questions_are_never_trained(family: str, steps: int, seed: int) -> None:
+    own = words(*(part for frame in FAMILIES[family].frames for part in frame))
+    own |= words(*(step.text for step in FAMILIES[family].steps), FAMILIES[family].subject.capitalize())
+    own |= words(*(FAMILIES[family].told(state) for state in FAMILIES[family].starts))
+    for side in Split:
+        asked = words(*(question.text for question in questions(family, steps, 10, seed, side)))
+        names = {word for word in asked - own if word[0].isupper()}
+        assert all(is_held_out(name) is (side is Split.HELD_OUT) for name in names)
+
+
+def words(*texts: str) -> set[str]:
+    return set(re.findall(r"\w+", " ".join(texts)))
+
+
 def test_off_topic_text_is_refused_and_is_no_question_of_ours() -> None:
     strays = off_topic(2000, seed=0)
     assert all(q.answer == REFUSAL for q in strays)
     asked = {q.text for family in FAMILIES for n in (1, 2, 3) for q in questions(family, n, 200, 0, Split.TRAIN)}
     assert not asked & {q.text for q in strays}
     assert strays == off_topic(2000, seed=0)
+    assert max(len(q.text) for q in strays) > 1000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", Split)
+def test_a_near_miss_cannot_be_answered(kind: str, side: Split) -> None:
+    rng = random.Random(kind)
+    for _ in range(300):
+        text = KINDS[kind](rng, side)
+        assert not WHOLE.fullmatch(text), text

@@ -84,10 +84,15 @@ class StepsCurriculum:
         """Whether nothing longer is left for it."""
         return self.levels[family] == self.max_steps and self.accuracy[family] > self.threshold
 
-    def draw(self, rng: random.Random) -> tuple[str, int]:
-        """A family and a number of steps."""
+    def draw(self, rng: random.Random, *, by_length: bool = False) -> tuple[str, int]:
+        """A family and a number of steps; ``by_length`` draws a family at level L with weight 1/L.
+
+        Families that grow fast would otherwise take most of the tokens from those that lag behind.
+        """
         names = list(self.levels)
         weights = [self.mastered_weight if self.is_mastered(name) else 1.0 for name in names]
+        if by_length:
+            weights = [weight / self.levels[name] for weight, name in zip(weights, names, strict=True)]
         family = rng.choices(names, weights)[0]
         level = self.levels[family]
         return family, level if rng.random() < self.longest_share else rng.randint(1, level)

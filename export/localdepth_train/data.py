@@ -70,14 +70,16 @@ class Encoder:
         return MicroBatch([row.question for row in rows], torch.tensor(ids), torch.tensor(labels))
 
 
-def draw_questions(curriculum: StepsCurriculum, n: int, off_topic_share: float, rng: random.Random) -> list[Question]:
+def draw_questions(
+    curriculum: StepsCurriculum, n: int, off_topic_share: float, rng: random.Random, *, by_length: bool = False
+) -> list[Question]:
     """``n`` training questions of lengths the curriculum allows, some of them off topic."""
     drawn = []
     for _ in range(n):
         if rng.random() < off_topic_share:
             drawn.append(stray(rng))
         else:
-            family, steps = curriculum.draw(rng)
+            family, steps = curriculum.draw(rng, by_length=by_length)
             drawn.append(draw(FAMILIES[family], steps, Split.TRAIN, rng))
     return drawn
 

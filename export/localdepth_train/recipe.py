@@ -34,6 +34,7 @@ class StepsRecipe:
     top: int
     threshold: float
     mastered_weight: float
+    even: int  # steps in which all families are drawn alike; later, those at a lower level are drawn more often
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
