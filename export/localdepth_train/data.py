@@ -12,6 +12,7 @@ from localdepth_train.curriculum import StepsCurriculum
 from localdepth_train.families import FAMILIES
 from localdepth_train.objective import IGNORED
 from localdepth_train.off_topic import stray
+from localdepth_train.recipe import TasksRecipe
 from localdepth_train.tasks import Question, Split, draw
 from localdepth_train.vocabulary import BOS, EOS, prompt, value_ids
 
@@ -71,13 +72,13 @@ class Encoder:
 
 
 def draw_questions(
-    curriculum: StepsCurriculum, n: int, off_topic_share: float, rng: random.Random, *, by_length: bool = False
+    curriculum: StepsCurriculum, n: int, tasks: TasksRecipe, rng: random.Random, *, by_length: bool = False
 ) -> list[Question]:
     """``n`` training questions of lengths the curriculum allows, some of them off topic."""
     drawn = []
     for _ in range(n):
-        if rng.random() < off_topic_share:
-            drawn.append(stray(rng))
+        if rng.random() < tasks.off_topic_share:
+            drawn.append(stray(rng, tasks.near_miss_share))
         else:
             family, steps = curriculum.draw(rng, by_length=by_length)
             drawn.append(draw(FAMILIES[family], steps, Split.TRAIN, rng))

@@ -36,9 +36,9 @@ def off_topic(n: int, seed: int) -> list[Question]:
     return [stray(rng) for _ in range(n)]
 
 
-def stray(rng: random.Random) -> Question:
+def stray(rng: random.Random, near_miss_share: float = _NEAR_MISS_SHARE) -> Question:
     """One off-topic text."""
-    return refused(near_miss(rng) if rng.random() < _NEAR_MISS_SHARE else _patchwork(rng))
+    return refused(near_miss(rng) if rng.random() < near_miss_share else _patchwork(rng))
 
 
 def refused(text: str) -> Question:

@@ -24,6 +24,7 @@ class TasksRecipe:
 
     families: tuple[str, ...]
     off_topic_share: float  # of questions, answered by the refusal
+    near_miss_share: float  # of those
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +116,7 @@ class Recipe:
             )
         for name, share in (
             ("tasks.off_topic_share", self.tasks.off_topic_share),
+            ("tasks.near_miss_share", self.tasks.near_miss_share),
             ("depth.ramp_share", self.depth.ramp_share),
             ("optimizer.warmup", self.optimizer.warmup),
             ("optimizer.cooldown", self.optimizer.cooldown),

@@ -132,13 +132,8 @@ class Trainer:
         """
         recipe, plan = self.recipe, self.recipe.optimizer
         rng = random.Random(f"{recipe.seed} {self.step}")
-        questions = draw_questions(
-            self.curriculum,
-            recipe.batch_size,
-            recipe.tasks.off_topic_share,
-            rng,
-            by_length=self.step >= recipe.question_steps.even,
-        )
+        by_length = self.step >= recipe.question_steps.even
+        questions = draw_questions(self.curriculum, recipe.batch_size, recipe.tasks, rng, by_length=by_length)
         batches = micro_batches(self._dense, questions, recipe.micro_batches)
         n_labels = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
         mean_depth = self._mean_depth()
