@@ -19,6 +19,7 @@ from localdepth_train.curriculum import StepsCurriculum  # noqa: E402
 from localdepth_train.data import Encoder, draw_questions, micro_batches  # noqa: E402
 from localdepth_train.evaluation import accuracy_at, evaluate  # noqa: E402
 from localdepth_train.objective import IGNORED, loss, right_rows  # noqa: E402
+from localdepth_train.off_topic import OFF_TOPIC  # noqa: E402
 from localdepth_train.recipe import Recipe, load_recipe, parse_recipe  # noqa: E402
 from localdepth_train.reference import ReferenceModel  # noqa: E402
 from localdepth_train.run_folder import RunFolder  # noqa: E402
@@ -209,13 +210,18 @@ def test_rows_label_the_answer_and_every_value(tiny: Recipe) -> None:
     assert row.ids == bare.ids == tokenizer.encode(f"{BOS}{question.text}{ANSWER}{question.answer}").ids
 
 
-def test_micro_batches_hold_every_question_once_by_length(tiny: Recipe) -> None:
+def test_micro_batches_hold_every_question_once_and_long_ones_apart(tiny: Recipe) -> None:
     curriculum = StepsCurriculum.begin(["cup", "hop"], 8, 8, 0.9, 0.5)
-    drawn = draw_questions(curriculum, 50, 0.2, random.Random(0))
+    tasks = replace(tiny.tasks, off_topic_share=0.5, near_miss_share=0.2)
+    drawn = draw_questions(curriculum, 100, tasks, random.Random(0))
     batches = micro_batches(Encoder(train_tokenizer(tiny.model.n_vocab, 0), dense=True), drawn, 4)
     assert sorted(q.text for batch in batches for q in batch.questions) == sorted(q.text for q in drawn)
-    widths = [batch.ids.shape[1] for batch in batches]
-    assert widths == sorted(widths)
+    assert len(batches) == 4
+    costs = [batch.ids.numel() for batch in batches]
+    assert costs == sorted(costs)
+    shortest, longest = sorted(batches, key=lambda batch: batch.ids.shape[1])[::3]
+    assert longest.ids.shape[1] > 4 * shortest.ids.shape[1]
+    assert {question.family for question in longest.questions} == {OFF_TOPIC}
 
 
 def test_the_tokenizer_is_reproducible_and_accepts_any_text(tiny: Recipe) -> None:
@@ -242,11 +248,11 @@ def test_a_vocabulary_too_small_for_the_values_is_refused() -> None:
         (lambda text: text.replace("bf16 = true", "bf16 = 1"), "bf16=1 must be of type bool"),
         (lambda text: text.replace('ramp = "none"', 'ramp = "steep"'), "depth.ramp='steep' is not one of"),
         (
-            lambda text: text.replace("[tasks]", "[tasks]\nx = 1").replace("x = 1", 'seen = "y"'),
+            lambda text: text.replace("[tasks]", '[tasks]\nseen = "y"'),
             "unknown key tasks.seen",
         ),
         (lambda text: text.replace('"hop"', '"chess"'), "known are"),
-        (lambda text: text.replace("off_topic_share = 0.05", "off_topic_share = 5"), "is a share"),
+        (lambda text: text.replace("off_topic_share = 0.12", "off_topic_share = 5"), "is a share"),
         (lambda text: text.replace("mean = 8", "mean = 0"), "depth.mean=0 must be at least 1"),
         (lambda text: text.replace("head_dim = 32", "head_dim = 31"), "head_dim=31 is odd"),
         (lambda text: text.replace("start = 2", "start = 9"), "exceeds question_steps.top"),
