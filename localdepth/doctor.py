@@ -21,7 +21,7 @@ _EXTRAS = {
     "export": ("safetensors", "ml_dtypes", "llama_cpp"),
     "train": ("torch", "safetensors", "ml_dtypes"),
 }
-_TRIAL = "The lift is on floor 4. Go up 3. Go down 1. What floor is it on?"
+_TRIAL = "The lift is on floor 4. Go up 3. Go down 1. Which floor is the lift on?"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from localdepth.config import ModelConfig, NormPlacement, QkNorm, RopeScaling, RopeStyle, StateInit
 from localdepth.engine.toy import random_weights
 from localdepth_train.checkpoint import save
-from localdepth_train.published import published_parts
+from localdepth_train.checkpoint.published import published_parts
 
 __all__ = ["CONFIGS", "EXPECTED", "FAMILIES", "make_checkpoint", "published_tensors", "weights_of"]
 

@@ -15,7 +15,7 @@ from localdepth.config import ModelConfig
 from localdepth.engine.toy import random_weights
 from localdepth.errors import CheckpointError, ConfigError, StorageError
 from localdepth_train.checkpoint import Checkpoint, rewrite, save
-from localdepth_train.layouts import LayoutName, recognise
+from localdepth_train.checkpoint.layouts import LayoutName, recognise
 from tests.published import CONFIGS, EXPECTED, FAMILIES, make_checkpoint, weights_of
 from tests.strategies import configs
 

@@ -16,7 +16,7 @@ from localdepth.engine.toy import random_weights
 from localdepth.gguf import TokenizerRecord, read
 from localdepth.loading import load
 from localdepth.sampling import Sampling
-from localdepth_train.families import FAMILIES
+from localdepth_train.tasks.families import FAMILIES
 from tests import engines
 from tests.conftest import ROOT, tokenizer_json
 from tests.published import EXPECTED, make_checkpoint

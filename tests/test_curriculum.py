@@ -102,7 +102,17 @@ def test_level_stops_at_the_top_and_the_family_is_then_drawn_less() -> None:
     assert curriculum.is_mastered("cup")
     rng = random.Random(0)
     drawn = [curriculum.draw(rng)[0] for _ in range(4000)]
-    assert drawn.count("cup") / drawn.count("day") == pytest.approx(0.35, rel=0.15)
+    assert drawn.count("cup") / drawn.count("day") == pytest.approx(0.35 * 2 / 4, rel=0.15)
+
+
+def test_a_family_at_twice_the_level_comes_half_as_often() -> None:
+    curriculum = begun()
+    answer(curriculum, "cup", steps=2, depth=8)
+    answer(curriculum, "cup", steps=3, depth=8)
+    rng = random.Random(0)
+    drawn = [curriculum.draw(rng)[0] for _ in range(4000)]
+    assert curriculum.levels == {"cup": 4, "day": 2}
+    assert drawn.count("cup") / drawn.count("day") == pytest.approx(0.5, rel=0.15)
 
 
 def test_draws_stay_within_the_level() -> None:

@@ -1,5 +1,6 @@
 """The model in the package keeps what the README says of it."""
 
+import random
 from collections.abc import Sequence
 
 import pytest
@@ -7,12 +8,35 @@ import pytest
 from localdepth.gguf import CheckStatus, read
 from localdepth.loading import DEFAULT_MODEL, load
 from localdepth_apps.curve import Curve, measure
-from localdepth_train.families import FAMILIES
-from localdepth_train.off_topic import REFUSAL
-from localdepth_train.tasks import evaluation, is_right, overlap
+from localdepth_train.tasks import Split, evaluation, is_right, overlap
+from localdepth_train.tasks.families import FAMILIES
+from localdepth_train.tasks.near_miss import KINDS
+from localdepth_train.tasks.off_topic import REFUSAL
 from tests.conftest import ROOT
 
 SEED = 20270101  # of questions nobody tuned on
+STRANGE = (  # written by hand; nothing generated reads like them
+    "A robot has three wheels. Two fall off. How many wheels does it have?",
+    "The lift holds eight people. Five get out. Who is still inside?",
+    "Today is my birthday. How old am I?",
+    "The red cup is heavier than the blue cup. Which cup is lighter?",
+    "The lamp is broken. Can it be on?",
+    "Start a fire with two sticks. What do you need?",
+    "The number is prime and less than 20. What is the number?",
+    "The trip takes 3 days. It costs 40 euros a day. What does the trip cost?",
+    "The robot faces a wall. Why does it stop?",
+    "Who is the boss of the boss of Eve?",
+    "Which month has 28 days?",
+    "What is the last digit of pi?",
+    "Tom is taller than Ann. Ann is taller than Ben. Who is the tallest?",
+    "The piece on c4 is a knight. Which squares can it reach?",
+    "On floor 3 there are 4 doors. On floor 5 there are 6. How many doors are there?",
+    "If yesterday was Monday, what day is tomorrow?",
+    "Turn left. Turn right.",
+    "Swap red and blue.",
+    "Double it.",
+    "Monday",
+)
 
 
 def curve(depths: Sequence[int], per_cell: int) -> Curve:
@@ -35,8 +59,14 @@ def check(result: Curve, slack: float) -> None:
     assert needed[-1] > needed[0]
 
 
+def refused(texts: Sequence[str]) -> float:
+    """Share of texts that get the refusal."""
+    with load() as model:
+        return sum(model.generate(text, depth=16).text == REFUSAL for text in texts) / len(texts)
+
+
 def test_depth_pays_on_a_few_fresh_questions() -> None:
-    check(curve((1, 4, 16, 64), per_cell=4), slack=0.02)
+    check(curve((1, 4, 16, 64), per_cell=3), slack=0.02)
 
 
 @pytest.mark.slow
@@ -44,10 +74,32 @@ def test_depth_pays_on_fresh_questions() -> None:
     check(curve((1, 2, 3, 4, 6, 8, 12, 16, 64), per_cell=50), slack=0.005)
 
 
-def test_text_of_any_kind_is_answered_and_what_is_off_topic_refused() -> None:
+def test_one_pass_is_not_enough_for_six_steps_in_most_families() -> None:
     with load() as model:
-        for text in ("What is the capital of France?", "Übermäßig 漢字 ☕️", "\x00\x07", "sum = 3 + 4", "a" * 40):
-            assert model.generate(text).text == REFUSAL, text
+        shares = [
+            measure(model, evaluation(SEED, 25, [family], [6]), [1], is_right).total[1].accuracy for family in FAMILIES
+        ]
+    assert sum(share <= 0.4 for share in shares) >= 4
+
+
+def test_text_of_any_kind_is_answered_and_what_is_off_topic_refused() -> None:
+    texts = ["What is the capital of France?", "Übermäßig 漢字 ☕️", "\x00\x07", "sum = 3 + 4", "a" * 40, "a" * 400]
+    prose = (ROOT / "README.md").read_text(encoding="utf-8")
+    texts += [prose[start : start + length] for start, length in ((0, 80), (500, 400), (6000, 1000))]
+    assert refused(texts) == 1
+
+
+def test_near_misses_are_refused() -> None:
+    rng = random.Random(SEED)
+    assert refused([KINDS[kind](rng, Split.HELD_OUT) for kind in KINDS for _ in range(10)]) >= 0.95
+
+
+def test_puzzles_of_other_kinds_in_our_words_are_refused() -> None:
+    assert refused(STRANGE) >= 0.95
+
+
+def test_our_questions_are_not_refused() -> None:
+    assert refused([question.text for question in evaluation(SEED, 5)]) <= 0.005
 
 
 def test_the_file_was_verified_and_says_where_it_comes_from() -> None:

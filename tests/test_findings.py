@@ -57,7 +57,7 @@ def ground_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_a_random_start_has_the_shape_and_tokenizer_of_the_retrofit(ground_folder: Path) -> None:
     run_arm("pretrained", "random", GROUND, ground_folder, seed=0)
-    starts = [ground_folder / "pretrained" / f"{arm}-start-seed0" for arm in ("random", "pretrained")]
+    starts = [ground_folder / "pretrained" / f"{arm}-seed0" / "start" for arm in ("random", "pretrained")]
     random, retrofit = (Checkpoint(start) for start in starts)
     assert random.config.tensors() == retrofit.config.tensors()
     assert random.text("tokenizer.json") == retrofit.text("tokenizer.json")

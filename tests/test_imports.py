@@ -118,7 +118,7 @@ def test_export_sees_the_reference_only_in_verify() -> None:
             extra = trained - {
                 "localdepth_train.checkpoint",
                 "localdepth_train.output",
-                "localdepth_train.special_tokens",
+                "localdepth_train.checkpoint.special_tokens",
             }
             assert extra <= ({"localdepth_train.reference_engine"} if name.endswith(".verification") else set()), name
 

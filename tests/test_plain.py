@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from localdepth.config import Injection
 from localdepth.errors import CheckpointError
 from localdepth_train.checkpoint import Checkpoint, save
-from localdepth_train.plain import is_plain, recognise_plain
+from localdepth_train.checkpoint.plain import is_plain, recognise_plain
 from tests.bases import BASES, make_base, plain_logits, random_base
 from tests.published import make_checkpoint
 

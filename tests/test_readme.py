@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from localdepth.loading import load
-from localdepth_train.families import FAMILIES
-from localdepth_train.off_topic import REFUSAL
 from localdepth_train.recipe import load_recipe
+from localdepth_train.tasks.families import FAMILIES
+from localdepth_train.tasks.off_topic import REFUSAL
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from localdepth.errors import CheckpointError, ModelFileError, StorageError
 from localdepth.store.checkpoint import fetch_checkpoint
 from localdepth.store.hub import Hub
 from localdepth_train.checkpoint import Checkpoint
-from localdepth_train.plain import recognise_plain
+from localdepth_train.checkpoint.plain import recognise_plain
 from localdepth_train.surgery import retrofit
 from tests.bases import BASES, make_base, random_base, write_weights
 from tests.hub import Remote, StandIn, serving

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from localdepth.errors import ConfigError
-from localdepth_train.safetensors_file import DTYPES, Pieces, write_safetensors
+from localdepth_train.checkpoint.safetensors_file import DTYPES, Pieces, write_safetensors
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 

@@ -17,7 +17,7 @@ from localdepth.errors import CheckpointError, ConfigError, StorageError
 from localdepth.loading import load
 from localdepth_export.convert import to_gguf
 from localdepth_train.checkpoint import Checkpoint, rewrite
-from localdepth_train.layouts import LayoutName
+from localdepth_train.checkpoint.layouts import LayoutName
 from localdepth_train.surgery import Cost, retrofit
 from tests.bases import BASES, make_base, plain_logits, random_base, write_weights
 

@@ -8,7 +8,7 @@ import pytest
 
 from localdepth.errors import TrainError
 from localdepth.tokenizer import Tokenizer
-from localdepth_train.special_tokens import SpecialTokens, special_tokens
+from localdepth_train.checkpoint.special_tokens import SpecialTokens, special_tokens
 from localdepth_train.text.documents import Document
 from localdepth_train.text.encoding import DocumentTokenizer
 from localdepth_train.text.packing import IGNORED

@@ -23,9 +23,10 @@ from localdepth_train.recipe import Recipe, load_recipe, parse_recipe  # noqa: E
 from localdepth_train.reference import ReferenceModel  # noqa: E402
 from localdepth_train.run_folder import RunFolder  # noqa: E402
 from localdepth_train.tasks import Split, questions  # noqa: E402
+from localdepth_train.tasks.off_topic import OFF_TOPIC  # noqa: E402
+from localdepth_train.tasks.vocabulary import ANSWER, BOS, EOS, train_tokenizer  # noqa: E402
 from localdepth_train.text.packing import IGNORED  # noqa: E402
 from localdepth_train.trainer import Trainer, train  # noqa: E402
-from localdepth_train.vocabulary import ANSWER, BOS, EOS, train_tokenizer  # noqa: E402
 from tests.training import DEFAULT, changed, records, tiny_recipe  # noqa: E402
 
 THREAD_ROUNDING = 1e-6  # a gradient summed in the same order but computed beside another
@@ -186,13 +187,21 @@ def test_rows_label_the_answer_and_every_value(tiny: Recipe) -> None:
     assert row.ids == bare.ids == tokenizer.encode(f"{BOS}{question.text}{ANSWER}{question.answer}").ids
 
 
-def test_micro_batches_hold_every_question_once_by_length(tiny: Recipe) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_micro_batches_hold_every_question_once_and_long_ones_apart(tiny: Recipe, processes: int) -> None:
     curriculum = StepsCurriculum.begin(["cup", "hop"], 8, 8, 0.9, 0.5)
-    drawn = draw_questions(curriculum, 50, 0.2, random.Random(0))
-    batches = micro_batches(Encoder(train_tokenizer(tiny.model.n_vocab, 0), dense=True), drawn, 4)
+    tasks = replace(tiny.phases[0].tasks, off_topic_share=0.5, near_miss_share=0.2)
+    drawn = draw_questions(curriculum, 104, tasks, random.Random(0))
+    encoder = Encoder(train_tokenizer(tiny.model.n_vocab, 0), dense=True)
+    batches = micro_batches(encoder, drawn, 4, processes)
     assert sorted(q.text for batch in batches for q in batch.questions) == sorted(q.text for q in drawn)
-    widths = [batch.ids.shape[1] for batch in batches]
-    assert widths == sorted(widths)
+    assert len(batches) == 4
+    assert all(len(batch.ids) % processes == 0 for batch in batches)
+    costs = [batch.ids.numel() for batch in batches]
+    assert costs == sorted(costs)
+    shortest, *_, longest = sorted(batches, key=lambda batch: batch.ids.shape[1])
+    assert longest.ids.shape[1] > 4 * shortest.ids.shape[1]
+    assert {question.family for question in longest.questions} <= {OFF_TOPIC, "cup"}
 
 
 def test_the_tokenizer_is_reproducible_and_accepts_any_text(tiny: Recipe) -> None:
@@ -223,7 +232,7 @@ def test_a_vocabulary_too_small_for_the_values_is_refused() -> None:
             r"unknown key phases\[0\].tasks.seen",
         ),
         (lambda text: text.replace('"hop"', '"chess"'), "known are"),
-        (lambda text: text.replace("off_topic_share = 0.05", "off_topic_share = 5"), "is a share"),
+        (lambda text: text.replace("off_topic_share = 0.16", "off_topic_share = 5"), "is a share"),
         (lambda text: text.replace("mean = 8", "mean = 0"), "depth.mean=0 must be at least 1"),
         (lambda text: text.replace("head_dim = 32", "head_dim = 31"), "head_dim=31 is odd"),
         (lambda text: text.replace("start = 2", "start = 9"), "exceeds question_steps.top"),

@@ -43,7 +43,7 @@ def tiny_recipe() -> Recipe:
             replace(
                 phase,
                 steps=12,
-                tasks=replace(phase.tasks, families=("turn", "day"), evaluate_questions=2),
+                tasks=replace(phase.tasks, families=("turn", "day"), off_topic_share=0.05, evaluate_questions=2),
                 depth=replace(phase.depth, mean=2),
                 optimizer=replace(phase.optimizer, warmup=0.0, cooldown=0.2),
             ),

@@ -10,7 +10,7 @@ from localdepth.errors import CheckpointError
 from localdepth.gguf import TokenizerRecord
 from localdepth.prompt import build_tokenizer
 from localdepth_train.checkpoint import Checkpoint
-from localdepth_train.special_tokens import special_tokens
+from localdepth_train.checkpoint.special_tokens import special_tokens
 
 __all__ = ["read_license", "read_tokenizer"]
 

@@ -79,7 +79,8 @@ class StepsCurriculum:
 
     A family at level L is asked L steps in ``longest_share`` of its questions and 1..L otherwise. ``accuracy`` is a
     moving average over questions of exactly L steps run at L passes or more: fewer cannot be expected to do. Above
-    ``threshold`` the level rises. Families that mastered ``max_steps`` are drawn at weight ``mastered_weight``.
+    ``threshold`` the level rises. Families are drawn at weight 1 / L, ``mastered_weight`` / L once ``max_steps`` are
+    mastered.
     """
 
     levels: dict[str, int]
@@ -109,10 +110,13 @@ class StepsCurriculum:
     def draw(self, rng: random.Random) -> tuple[str, int]:
         """A family and a number of steps."""
         names = list(self.levels)
-        weights = [self.mastered_weight if self.is_mastered(name) else 1.0 for name in names]
-        family = rng.choices(names, weights)[0]
+        family = rng.choices(names, [self._weight(name) for name in names])[0]
         level = self.levels[family]
         return family, level if rng.random() < self.longest_share else rng.randint(1, level)
+
+    def _weight(self, family: str) -> float:
+        """How often a family is drawn; those that grow fast would otherwise take most tokens from those that lag."""
+        return (self.mastered_weight if self.is_mastered(family) else 1.0) / self.levels[family]
 
     def record(self, family: str, steps: int, depth: int, right: bool) -> None:
         """Learn the outcome of one training question; one of no family here, or of another length, says nothing."""

@@ -9,13 +9,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from localdepth_train.curriculum import StepsCurriculum
-from localdepth_train.families import FAMILIES
-from localdepth_train.off_topic import stray
+from localdepth_train.recipe import TasksRecipe
 from localdepth_train.tasks import Question, Split, draw
+from localdepth_train.tasks.families import FAMILIES
+from localdepth_train.tasks.off_topic import stray
+from localdepth_train.tasks.vocabulary import BOS, EOS, prompt, value_ids
 from localdepth_train.text.packing import IGNORED
-from localdepth_train.vocabulary import BOS, EOS, prompt, value_ids
 
 __all__ = ["Encoder", "MicroBatch", "Row", "draw_questions", "micro_batches"]
+
+_LONG = 104  # tokens; the longest question of eight steps has fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,8 @@ class Encoder:
         position = {end: i for i, (_, end) in enumerate(offsets)}
         labels = [IGNORED] * len(ids)
         for end, value in question.labels if self._dense else ():
-            labels[position[len(BOS) + end]] = self._values[value]
+            pieces, last = self._values[value], position[len(BOS) + end]
+            labels[last - len(pieces) + 1 : last + 1] = pieces
         first = position[len(prompt(question))]  # the answer is predicted from here on
         labels[first:-1] = ids[first + 1 :]
         return Row(question, ids[:-1], labels[:-1])
@@ -84,20 +88,30 @@ class Encoder:
         return MicroBatch(torch.tensor(ids), torch.tensor(labels), questions=[row.question for row in rows])
 
 
-def draw_questions(curriculum: StepsCurriculum, n: int, off_topic_share: float, rng: random.Random) -> list[Question]:
+def draw_questions(curriculum: StepsCurriculum, n: int, tasks: TasksRecipe, rng: random.Random) -> list[Question]:
     """``n`` training questions of lengths the curriculum allows, some of them off topic."""
     drawn = []
     for _ in range(n):
-        if rng.random() < off_topic_share:
-            drawn.append(stray(rng))
+        if rng.random() < tasks.off_topic_share:
+            drawn.append(stray(rng, tasks.near_miss_share))
         else:
             family, steps = curriculum.draw(rng)
             drawn.append(draw(FAMILIES[family], steps, Split.TRAIN, rng))
     return drawn
 
 
-def micro_batches(encoder: Encoder, questions: Sequence[Question], parts: int) -> list[MicroBatch]:
-    """``questions`` sorted by length and cut into ``parts`` of equal count, so that little is padding."""
+def micro_batches(encoder: Encoder, questions: Sequence[Question], parts: int, processes: int = 1) -> list[MicroBatch]:
+    """``questions`` sorted by length and cut into at most ``parts``, so that little is padding; the costliest last.
+
+    Rows longer than ``_LONG`` have a part of their own, the others are cut into parts of equal count. Where the number
+    of questions is a multiple of ``parts`` x ``processes``, that of every part is one of ``processes``.
+    """
     rows = sorted(encoder.rows(questions), key=lambda row: len(row.ids))
-    size = -(-len(rows) // parts)
-    return [encoder.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+    n_short = sum(len(row.ids) <= _LONG for row in rows) if parts > 1 else len(rows)
+    n_short -= n_short % processes
+    size = -(-n_short // max(1, parts - (n_short < len(rows))))
+    size += -size % processes
+    cuts = [rows[i : min(i + size, n_short)] for i in range(0, n_short, max(1, size))]
+    if n_short < len(rows):
+        cuts.append(rows[n_short:])
+    return sorted((encoder.batch(cut) for cut in cuts), key=lambda batch: batch.ids.numel())

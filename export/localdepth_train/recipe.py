@@ -7,7 +7,7 @@ from pathlib import Path
 from localdepth.config import ModelConfig
 from localdepth.errors import TrainError
 from localdepth_train.curriculum import Ramp
-from localdepth_train.families import FAMILIES
+from localdepth_train.tasks.families import FAMILIES
 from localdepth_train.text.settings import TextRecipe
 from localdepth_train.toml_records import parse
 
@@ -58,6 +58,7 @@ class TasksRecipe:
 
     families: tuple[str, ...]
     off_topic_share: float  # of questions, answered by the refusal
+    near_miss_share: float  # of those off topic: nearly a question that we know
     question_steps: StepsRecipe
     evaluate_questions: int
     evaluate_steps: int | None = None
@@ -68,7 +69,7 @@ class TasksRecipe:
             raise TrainError(f"tasks.families names {', '.join(unknown)}; known are {', '.join(FAMILIES)}")
         if not self.families:
             raise TrainError(f"tasks.families is empty; name some of {', '.join(FAMILIES)}")
-        _check_shares("tasks", off_topic_share=self.off_topic_share)
+        _check_shares("tasks", off_topic_share=self.off_topic_share, near_miss_share=self.near_miss_share)
         _check_counts("tasks", evaluate_questions=self.evaluate_questions)
 
 

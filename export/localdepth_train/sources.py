@@ -76,8 +76,8 @@ class QuestionSource:
 
     def draw(self, step: int) -> list[MicroBatch]:
         rng = random.Random(f"{self._recipe.seed} {step}")
-        drawn = draw_questions(self.curriculum, self._recipe.batch_size, self._tasks.off_topic_share, rng)
-        batches = micro_batches(self._train, drawn, self._recipe.micro_batches)
+        drawn = draw_questions(self.curriculum, self._recipe.batch_size, self._tasks, rng)
+        batches = micro_batches(self._train, drawn, self._recipe.micro_batches, self._share[1])
         return [batch.share(*self._share) for batch in batches]
 
     def learn(self, batch: Sequence[tuple[str, int]], passes: Sequence[Passes], right: Sequence[bool]) -> None:

@@ -9,11 +9,11 @@ from tokenizers import Tokenizer
 from localdepth.config import ModelConfig
 from localdepth.errors import CheckpointError, TrainError
 from localdepth_train.checkpoint import Checkpoint
-from localdepth_train.plain import recognise_plain
+from localdepth_train.checkpoint.plain import recognise_plain
 from localdepth_train.recipe import Recipe
 from localdepth_train.reference import ReferenceModel
 from localdepth_train.reference_engine import load_reference
-from localdepth_train.vocabulary import tokenizer_files, train_tokenizer
+from localdepth_train.tasks.vocabulary import tokenizer_files, train_tokenizer
 
 __all__ = ["Start", "open_checkpoint"]
 

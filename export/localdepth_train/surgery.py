@@ -36,11 +36,11 @@ import numpy.typing as npt
 from localdepth.config import MEASURE_DEPTH, STAGES, Injection, ModelConfig, StateInit
 from localdepth.errors import ConfigError
 from localdepth_train.checkpoint import Checkpoint, Unread, save
+from localdepth_train.checkpoint.layouts import LayoutName
+from localdepth_train.checkpoint.plain import recognise_plain
+from localdepth_train.checkpoint.published import PUBLISHED_STD
 from localdepth_train.flops import Flops
 from localdepth_train.layer_choice import Layers, choose_layers, spell_layers
-from localdepth_train.layouts import LayoutName
-from localdepth_train.plain import recognise_plain
-from localdepth_train.published import PUBLISHED_STD
 
 if TYPE_CHECKING:
     from localdepth_train.recipe import Recipe

@@ -194,8 +194,8 @@ def _questions_from(file: Path) -> _Questions:
 
 
 def _fresh_questions(seed: int, per_cell: int, steps: list[int]) -> _Questions:
-    from localdepth_train.families import FAMILIES
     from localdepth_train.tasks import evaluation, is_right, overlap
+    from localdepth_train.tasks.families import FAMILIES
 
     questions = evaluation(seed, -(-per_cell // len(FAMILIES)), steps=steps)
     divided = [question for question in questions if question.is_split]

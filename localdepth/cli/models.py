@@ -217,7 +217,7 @@ class Exporter:
         return str(Recipe.parse(quant))
 
     def weigh(self, record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str, quant: str) -> int:
-        from localdepth_train.layouts import recognise
+        from localdepth_train.checkpoint.layouts import recognise
 
         return self._n_bytes(recognise(record, shapes, Path(where)).config, quant)
 

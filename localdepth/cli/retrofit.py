@@ -75,7 +75,7 @@ def _on_this_machine(base: str) -> Path:
 
 
 def _judge(record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    from localdepth_train.plain import recognise_plain
+    from localdepth_train.checkpoint.plain import recognise_plain
 
     recognise_plain(record, shapes, Path(where))
 

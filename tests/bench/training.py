@@ -44,9 +44,9 @@ from localdepth_train.recipe import DepthRecipe, OptimizerRecipe, Recipe, load_r
 from localdepth_train.sources import open_source
 from localdepth_train.start import Start
 from localdepth_train.tasks import evaluation
+from localdepth_train.tasks.vocabulary import train_tokenizer
 from localdepth_train.text.packing import IGNORED
 from localdepth_train.trainer import Trainer
-from localdepth_train.vocabulary import train_tokenizer
 from tests.training import DEFAULT, changed, start_folder, text_recipe
 
 __all__ = ["main"]

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from localdepth.engine.base import F32, KvType
 from localdepth_train.checkpoint import Checkpoint
+from localdepth_train.checkpoint.published import published_parts
 from localdepth_train.objective import loss
-from localdepth_train.published import published_parts
 from tests import engines
 
 ATOL = 1e-4  # float32; the fixtures' own noise is 2e-5

@@ -96,15 +96,14 @@ def make_base(ground: Ground, folder: Path, seed: int) -> Path:
 def run_arm(name: str, arm: str, ground: Ground, folder: Path, seed: int) -> list[dict[str, Any]]:
     """Train one arm of an experiment, or go on with it; returns its evaluations as logged."""
     torch.set_num_threads(1)
-    base, place = ground.base(folder / f"base-seed{seed}", seed), folder / name
-    arms = EXPERIMENTS[name].arms
-    first = next(iter(arms))
-    starts = {one: place / f"{_slug(one)}-start-seed{seed}" for one in (first, arm)}
-    standard = _start(arms[first], ground, base, starts[first], seed)[1] if arm != first else None
-    start, config = _start(arms[arm], ground, base, starts[arm], seed)
-    budget = ground.steps * flops_per_token(standard or config, arms[first].depth, ground.steps)
-    recipe = ground.recipe(start, arms[arm].depth, steps_for(budget, config, arms[arm].depth), seed)
-    run = place / f"{_slug(arm)}-seed{seed}"
+    base = ground.base(folder / f"base-seed{seed}", seed)
+    first, *_ = EXPERIMENTS[name].arms.values()
+    chosen = EXPERIMENTS[name].arms[arm]
+    starts = {one: _start(one, ground, base, _place(one, folder, seed) / "start", seed) for one in {first, chosen}}
+    budget = ground.steps * flops_per_token(starts[first][1], first.depth, ground.steps)
+    start, config = starts[chosen]
+    recipe = ground.recipe(start, chosen.depth, steps_for(budget, config, chosen.depth), seed)
+    run = _place(chosen, folder, seed) / "run"
     train(recipe, run)
     records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [record for record in records if "evaluation" in record]
@@ -158,5 +157,8 @@ def _passes(depth: DepthRecipe, steps: int) -> Iterator[Passes]:
         yield always if depth.fixed else sample_passes(mean, k, seeded(step + 1), depth.sigma)
 
 
-def _slug(name: str) -> str:
-    return name.replace(", ", "-").replace(" ", "-")
+def _place(arm: Arm, folder: Path, seed: int) -> Path:
+    """Where an arm is trained; one that several experiments have is trained once, for the first of them."""
+    same = ((name, title) for name, one in EXPERIMENTS.items() for title in one.arms if one.arms[title] == arm)
+    name, title = next(same)
+    return folder / name / f"{title.replace(', ', '-').replace(' ', '-')}-seed{seed}"

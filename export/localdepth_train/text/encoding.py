@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 
 from localdepth.errors import TrainError
-from localdepth_train.special_tokens import special_tokens
+from localdepth_train.checkpoint.special_tokens import special_tokens
 from localdepth_train.text.documents import Document
 from localdepth_train.text.packing import TokenDocument
 

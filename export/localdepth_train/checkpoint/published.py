@@ -23,8 +23,8 @@ from localdepth.config import (
     StateInit,
 )
 from localdepth.errors import ConfigError
-from localdepth_train.parts import Layout, Part
-from localdepth_train.records import reading, rope_scaling, whole
+from localdepth_train.checkpoint.parts import Layout, Part
+from localdepth_train.checkpoint.records import reading, rope_scaling, whole
 
 __all__ = ["PUBLISHED_STD", "published_layout", "published_parts", "published_record"]
 

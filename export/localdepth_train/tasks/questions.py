@@ -1,10 +1,11 @@
 """Questions that need several steps: generator, train / held-out split, judge. No torch.
 
 The *composition* of a question is its sequence of steps, without the start and without spelling (``Swap red and
-blue`` is ``Swap blue and red``; ``Add 17`` acts on the last digit as ``Add 7`` does). A composition is held out when
-it, or any beginning of it longer than its family's ``seen_steps``, hashes into one fifth. Beginnings count because
-the trainer's dense labels show the value after every step: no held-out composition is ever labelled.
-Compositions of at most ``seen_steps`` steps (2 for hop, cup, turn and lift, 1 for sum and day) are the facts longer
+blue`` is ``Swap blue and red``; ``Add 17`` acts on the last digit as ``Take away 3`` does). A composition is held out
+when it, or any beginning of it longer than its family's ``seen_steps``, hashes into one fifth. Beginnings count
+because the trainer's dense labels show the value after every step: no held-out composition is ever labelled.
+Names are split in the same way: held-out questions name people that training never shows.
+Compositions of at most ``seen_steps`` steps (1 for sum, day and month, 2 for the others) are the facts longer
 questions are made of. They have no split: an evaluation there draws the same few questions as training does.
 """
 
@@ -16,7 +17,8 @@ from functools import lru_cache
 from hashlib import blake2b
 
 from localdepth.errors import ConfigError
-from localdepth_train.families import FAMILIES, Family, Step
+from localdepth_train.tasks.families import FAMILIES, Family, Step
+from localdepth_train.tasks.names import pick_name
 
 __all__ = [
     "EVALUATED_STEPS",
@@ -34,6 +36,7 @@ __all__ = [
 TRAINED_STEPS = 8
 EVALUATED_STEPS = range(1, 11)  # 9 and 10 are never trained
 _HELD_OUT_ONE_IN = 5
+_SUBJECT_SHARE = 0.4  # of questions about nobody by name, where a family's wording asks for somebody
 _PATIENCE = 64  # refused steps after which a walk starts over
 
 
@@ -100,11 +103,12 @@ def questions(family: str, steps: int, n: int, seed: int, side: Split) -> list[Q
 
 
 def draw(family: Family, steps: int, side: Split, rng: random.Random) -> Question:
-    """One question from ``rng``."""
+    """One question from ``rng``; names in it are of the same side as the composition."""
     while True:
-        opening, state = rng.choice(family.starts)
+        state = rng.choice(family.starts)
         taken = _walk(family, steps, state, side, rng)
-        question = _assemble(family, opening, state, taken, rng.choice(family.closings))
+        who = family.subject if rng.random() < _SUBJECT_SHARE else pick_name(rng, held_out=side is Split.HELD_OUT)
+        question = _assemble(family, who, state, taken, rng.choice(family.frames))
         if not question.is_split or split(family.name, question.composition) is side:
             return question
 
@@ -124,7 +128,8 @@ def _walk(family: Family, steps: int, state: int, side: Split, rng: random.Rando
     return taken
 
 
-def _assemble(family: Family, opening: str, state: int, taken: Sequence[Step], closing: str) -> Question:
+def _assemble(family: Family, who: str, state: int, taken: Sequence[Step], frame: tuple[str, str]) -> Question:
+    opening, closing = (_filled(part, who, family.told(state)) for part in frame)
     text, labels = opening, [(len(opening), family.value(state))]
     for step in taken:
         after = step.change(state)
@@ -139,6 +144,11 @@ def _assemble(family: Family, opening: str, state: int, taken: Sequence[Step], c
         composition=tuple(step.key for step in taken),
         labels=tuple(labels),
     )
+
+
+def _filled(template: str, who: str, start: str) -> str:
+    text = template.format(who=who, start=start)
+    return text[:1].upper() + text[1:]
 
 
 def evaluation(

@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 
 from localdepth.config import ModelConfig
 from localdepth.errors import CheckpointError, ConfigError
-from localdepth_train.layouts import LayoutName, layout_of, recognise, record_of
+from localdepth_train.checkpoint.layouts import LayoutName, layout_of, recognise, record_of
+from localdepth_train.checkpoint.parts import Layout, Part, some
+from localdepth_train.checkpoint.safetensors_file import DTYPES, Pieces, write_safetensors
 from localdepth_train.output import replacing, replacing_folder
-from localdepth_train.parts import Layout, Part, some
-from localdepth_train.safetensors_file import DTYPES, Pieces, write_safetensors
 
 __all__ = ["Checkpoint", "Unread", "rewrite", "save"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from localdepth.config import PLAIN_MODELS, ModelConfig, plain_model
 from localdepth.errors import CheckpointError, ConfigError
-from localdepth_train.parts import Layout, Part
-from localdepth_train.published import published_layout, published_parts, published_record
+from localdepth_train.checkpoint.parts import Layout, Part
+from localdepth_train.checkpoint.published import published_layout, published_parts, published_record
 
 __all__ = ["LayoutName", "layout_of", "recognise", "record_of"]
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from localdepth.config import Injection, ModelConfig, NormPlacement, QkNorm
 from localdepth.errors import CheckpointError, ConfigError
-from localdepth_train.layouts import LayoutName, recognise
-from localdepth_train.parts import Layout, Part
-from localdepth_train.records import reading, rope_scaling, whole
+from localdepth_train.checkpoint.layouts import LayoutName, recognise
+from localdepth_train.checkpoint.parts import Layout, Part
+from localdepth_train.checkpoint.records import reading, rope_scaling, whole
 
 __all__ = ["is_plain", "recognise_plain"]
 

@@ -9,9 +9,9 @@ import json
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from localdepth.errors import TrainError
-from localdepth_train.families import FAMILIES
-from localdepth_train.off_topic import off_topic
-from localdepth_train.tasks import TRAINED_STEPS, Question, Split, questions
+from localdepth_train.tasks.families import FAMILIES
+from localdepth_train.tasks.off_topic import off_topic
+from localdepth_train.tasks.questions import TRAINED_STEPS, Question, Split, questions
 
 __all__ = ["ANSWER", "BOS", "CHAT_TEMPLATE", "EOS", "prompt", "tokenizer_files", "train_tokenizer", "value_ids"]
 
@@ -54,17 +54,17 @@ def train_tokenizer(n_vocab: int, seed: int) -> Tokenizer:
     return tokenizer
 
 
-def value_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Token of every value a label can name, with its leading space.
+def value_ids(tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """Tokens of every value a label can name, the first with its leading space.
 
     Raises:
-        TrainError: when a value is more than one token.
+        TrainError: when a word is more than one token.
     """
-    values = {family.value(state) for family in FAMILIES.values() for _, state in family.starts}
-    ids = {value: tokenizer.encode(f" {value}").ids for value in sorted(values)}
-    if long := [value for value, pieces in ids.items() if len(pieces) != 1]:
-        raise TrainError(f"{', '.join(long)} need more than one token each; raise n_vocab")
-    return {value: pieces[0] for value, pieces in ids.items()}
+    values = {family.value(state) for family in FAMILIES.values() for state in family.starts}
+    ids: dict[str, list[int]] = {value: tokenizer.encode(f" {value}").ids for value in sorted(values)}
+    if long := [value for value, pieces in ids.items() if len(pieces) > 1 + sum(map(str.isdigit, value[1:]))]:
+        raise TrainError(f"{', '.join(long)} need more than one token a word; raise n_vocab")
+    return ids
 
 
 def prompt(question: Question) -> str:
