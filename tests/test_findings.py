@@ -12,7 +12,13 @@ torch = pytest.importorskip("torch")
 
 from localdepth_train.checkpoint import Checkpoint  # noqa: E402
 from localdepth_train.curriculum import Ramp  # noqa: E402
-from localdepth_train.findings.experiments import EXPERIMENTS, flops_per_token, run_arm, steps_for  # noqa: E402
+from localdepth_train.findings.experiments import (  # noqa: E402
+    EXPERIMENTS,
+    flops_per_token,
+    make_start,
+    run_arm,
+    steps_for,
+)
 from localdepth_train.findings.grounds import TaskGround  # noqa: E402
 from localdepth_train.recipe import DepthRecipe  # noqa: E402
 from tests.published import EXPECTED  # noqa: E402
@@ -40,6 +46,8 @@ def test_a_plain_pass_costs_its_layers_once() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "arm"), [(name, arm) for name, one in EXPERIMENTS.items() for arm in one.arms])
 def test_every_arm_trains_and_is_judged(name: str, arm: str, ground_folder: Path) -> None:
+    make_start(name, next(iter(EXPERIMENTS[name].arms)), GROUND, ground_folder, seed=0)
+    make_start(name, arm, GROUND, ground_folder, seed=0)
     looks = run_arm(name, arm, GROUND, ground_folder, seed=0)
     assert {"1", "32"} <= set(looks[-1]["evaluation"]["loss"])
     assert {"1", "8"} <= set(looks[-1]["evaluation"]["cells"]["turn"])
@@ -56,9 +64,9 @@ def ground_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_random_start_has_the_shape_and_tokenizer_of_the_retrofit(ground_folder: Path) -> None:
-    run_arm("pretrained", "random", GROUND, ground_folder, seed=0)
-    starts = [ground_folder / "pretrained" / f"{arm}-seed0" / "start" for arm in ("random", "pretrained")]
-    random, retrofit = (Checkpoint(start) for start in starts)
+    random, retrofit = (
+        Checkpoint(make_start("pretrained", arm, GROUND, ground_folder, seed=0)) for arm in ("random", "pretrained")
+    )
     assert random.config.tensors() == retrofit.config.tensors()
     assert random.text("tokenizer.json") == retrofit.text("tokenizer.json")
     name = "core.0.ffn_up.weight"

@@ -19,7 +19,11 @@ __all__ = ["Flops"]
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """Weights that a token meets in each part of a model; ``injection`` once, ``state`` and ``core`` in every pass."""
+    """Weights that a token meets in each part of a model.
+
+    ``injection`` is what multiplies the embeds, which stay the same in all passes: engines do it once, training in
+    every pass.
+    """
 
     prelude: int
     injection: int
@@ -48,11 +52,12 @@ class Flops:
         return 2 * (self.prelude + self.injection + self.core * depth + self.coda + self.head)
 
     def training(self, passes: "Sequence[Passes]", n_tokens: int, n_labels: int, recompute: bool) -> float:
-        """For one step over ``n_tokens``, of which ``n_labels`` are decoded.
+        """For one step over ``n_tokens``, of which ``n_labels`` are decoded, without teacher and consistency.
 
         Passes that some sequences wait through count for all of them.
         """
         first, last = min(p.n_nograd for p in passes), max(p.depth for p in passes)
         with_gradient = 6 * (last - first) + (2 * (last - first) if recompute else 0)
-        per_token = 6 * (self.prelude + self.injection + self.coda) + self.core * (2 * first + with_gradient)
+        looped = self.core + self.injection
+        per_token = 6 * (self.prelude + self.coda) + looped * (2 * first + with_gradient)
         return float(per_token * n_tokens + 6 * self.head * n_labels)

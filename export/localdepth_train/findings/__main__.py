@@ -10,8 +10,8 @@ checkpoint. A stopped experiment goes on; finished runs are not repeated. Arms a
 import argparse
 import json
 import multiprocessing
-from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from localdepth_train.figures import (
     points_by_depth,
     sheet,
 )
-from localdepth_train.findings.experiments import EXPERIMENTS, make_base, run_arm
-from localdepth_train.findings.grounds import Ground, TaskGround, TextGround
+from localdepth_train.findings.experiments import EXPERIMENTS, make_base, make_start, run_arm
+from localdepth_train.findings.grounds import LONGEST_TRAINED, Ground, TaskGround, TextGround
 from localdepth_train.intervals import Interval, average, interval
 
 Outcomes = Mapping[str, list[list[dict[str, Any]]]]  # by arm, of every seed: its evaluations as logged
@@ -51,21 +51,25 @@ def main() -> None:
     table = _tabulate(outcomes)
     print(f"{EXPERIMENTS[given.experiment].claim}\n{given.seeds} seeds, mean and 95 % t interval\n")
     print("\n".join(table))
+    (folder / f"{given.experiment}.json").write_text(json.dumps(outcomes) + "\n")
     figure = folder / f"{given.experiment}.png"
     _draw(outcomes, figure)
-    (folder / f"{given.experiment}.json").write_text(json.dumps(outcomes) + "\n")
     print(f"\n{figure}")
 
 
 def _run(name: str, ground: Ground, folder: Path, seeds: int, workers: int) -> Outcomes:
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        bases = [pool.submit(make_base, ground, folder, seed) for seed in range(seeds)]
-        for base in bases:
-            base.result()
+        _wait([pool.submit(make_base, ground, folder, seed) for seed in range(seeds)])
         arms = EXPERIMENTS[name].arms
         turns = [(arm, seed) for seed in range(seeds) for arm in arms]
-        jobs = {turn: pool.submit(run_arm, name, turn[0], ground, folder, turn[1]) for turn in turns}
+        _wait([pool.submit(make_start, name, arm, ground, folder, seed) for arm, seed in turns])
+        jobs = {(arm, seed): pool.submit(run_arm, name, arm, ground, folder, seed) for arm, seed in turns}
         return {arm: [jobs[arm, seed].result() for seed in range(seeds)] for arm in arms}
+
+
+def _wait(jobs: Sequence[Future[Path]]) -> None:
+    for job in jobs:
+        job.result()
 
 
 def _tabulate(outcomes: Outcomes) -> list[str]:
@@ -98,11 +102,10 @@ def _values(evaluation: Mapping[str, Any], measure: str) -> dict[int, float]:
     """A measure by depth; "accuracy" of trained lengths, "deeper" of longer questions."""
     if measure == "loss":
         return {int(depth): value for depth, value in evaluation["loss"].items()}
-    longest = TaskGround().longest_trained
     found: dict[int, list[float]] = {}
     for by_steps in evaluation.get("cells", {}).values():
         for steps, by_depth in by_steps.items():
-            if (int(steps) > longest) == (measure == "deeper"):
+            if (int(steps) > LONGEST_TRAINED) == (measure == "deeper"):
                 for depth, share in by_depth.items():
                     found.setdefault(int(depth), []).append(share)
     return {depth: float(np.mean(shares)) for depth, shares in found.items()}
@@ -112,8 +115,8 @@ def _draw(outcomes: Outcomes, path: Path) -> None:
     """Loss at depth 8 against FLOPs, and the last loss by depth."""
     looks = looks_for(outcomes)
     has_questions = any(_by_depth(outcomes, "accuracy", 1.0).values())
-    panels = ["progress", "loss", *(["accuracy"] if has_questions else [])]
-    with sheet(path, [panels]) as axes:
+    panels = [["progress", "loss"], *([["accuracy", "accuracy"]] if has_questions else [])]
+    with sheet(path, panels) as axes:
         curves = {arm: average([_progress(run) for run in runs]) for arm, runs in outcomes.items()}
         lines_with_intervals(axes["progress"], curves, looks)
         label_progress(axes["progress"], "flops")

@@ -1,14 +1,17 @@
 """The claims, each as arms that are trained for equal FLOPs and compared."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
-from localdepth.config import ModelConfig, StateInit
+from localdepth.config import ModelConfig
 from localdepth_train.checkpoint import save
 from localdepth_train.curriculum import Ramp, backprop_depth_at, mean_depth_at
 from localdepth_train.depth_sampler import Passes, sample_passes, seeded
@@ -20,7 +23,7 @@ from localdepth_train.start import open_checkpoint
 from localdepth_train.surgery import retrofit
 from localdepth_train.trainer import train
 
-__all__ = ["EXPERIMENTS", "Arm", "Experiment", "flops_per_token", "make_base", "run_arm", "steps_for"]
+__all__ = ["EXPERIMENTS", "Arm", "Experiment", "flops_per_token", "make_base", "make_start", "run_arm", "steps_for"]
 
 _LABEL_SHARE = 0.3  # of positions; the head counts in the same way for all arms, so this only has to be about right
 _PUBLISHED = DepthRecipe(mean=4, backprop=4)
@@ -93,44 +96,67 @@ def make_base(ground: Ground, folder: Path, seed: int) -> Path:
     return ground.base(folder / f"base-seed{seed}", seed)
 
 
+def make_start(name: str, arm: str, ground: Ground, folder: Path, seed: int) -> Path:
+    """What an arm begins with, made once from the base of its seed."""
+    chosen = EXPERIMENTS[name].arms[arm]
+    base, start = make_base(ground, folder, seed), _start(chosen, ground, folder, seed)
+    if start.exists() or start == base:
+        return start
+    layers = chosen.layers(ground)
+    made = retrofit(
+        base,
+        start,
+        prelude=layers.prelude,
+        core=layers.core,
+        coda=layers.coda,
+        injection=chosen.injection,
+        init=chosen.init,
+        seed=seed,
+    )
+    if chosen.start == "random":
+        save(start, made.config, _fresh(made.config, chosen.depth.mean, seed), open_checkpoint(str(start)).carried())
+    return start
+
+
 def run_arm(name: str, arm: str, ground: Ground, folder: Path, seed: int) -> list[dict[str, Any]]:
-    """Train one arm of an experiment, or go on with it; returns its evaluations as logged."""
+    """Train one arm of an experiment, or go on with it; returns its evaluations as logged.
+
+    Its start and that of the first arm must have been made.
+    """
     torch.set_num_threads(1)
-    base = ground.base(folder / f"base-seed{seed}", seed)
     first, *_ = EXPERIMENTS[name].arms.values()
     chosen = EXPERIMENTS[name].arms[arm]
-    starts = {one: _start(one, ground, base, _place(one, folder, seed) / "start", seed) for one in {first, chosen}}
-    budget = ground.steps * flops_per_token(starts[first][1], first.depth, ground.steps)
-    start, config = starts[chosen]
-    recipe = ground.recipe(start, chosen.depth, steps_for(budget, config, chosen.depth), seed)
+    starts = {one: _start(one, ground, folder, seed) for one in {first, chosen}}
+    configs = {one: open_checkpoint(str(start)).config for one, start in starts.items()}
+    budget = ground.steps * flops_per_token(configs[first], first.depth, ground.steps)
+    steps = steps_for(budget, configs[chosen], chosen.depth)
     run = _place(chosen, folder, seed) / "run"
-    train(recipe, run)
+    train(ground.recipe(starts[chosen], chosen.depth, steps, seed), run)
     records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [record for record in records if "evaluation" in record]
 
 
-def _start(arm: Arm, ground: Ground, base: Path, folder: Path, seed: int) -> tuple[Path, ModelConfig]:
-    if arm.start == "plain":
-        return base, open_checkpoint(str(base)).config
-    layers = arm.layers(ground)
-    made = retrofit(
-        base,
-        folder,
-        prelude=layers.prelude,
-        core=layers.core,
-        coda=layers.coda,
-        injection=arm.injection,
-        init=arm.init,
-        seed=seed,
-    )
-    if arm.start == "random":
-        checkpoint = open_checkpoint(str(made.path))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            fresh = ReferenceModel(made.config).state_dict()
-        tensors = {name: tensor.numpy() for name, tensor in fresh.items()}
-        save(folder, replace(made.config, state_init=StateInit.ZEROS), tensors, checkpoint.carried())
-    return folder, made.config
+def _start(arm: Arm, ground: Ground, folder: Path, seed: int) -> Path:
+    return make_base(ground, folder, seed) if arm.start == "plain" else _place(arm, folder, seed) / "start"
+
+
+def _fresh(config: ModelConfig, mean_depth: int, seed: int) -> dict[str, np.ndarray]:
+    """Random weights as Huginn's were drawn (Geiping et al. 2025, arXiv:2502.05171, section 4.1).
+
+    Truncated normal of variance 2 / (5 n_embd), outputs of a branch less by the square root of twice the layers that a
+    token meets.
+    """
+    std = math.sqrt(2 / (5 * config.n_embd))
+    n_layer = config.n_prelude + config.n_core * mean_depth + config.n_coda
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ReferenceModel(config)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                ends_branch = name.endswith(("attn_output.weight", "ffn_down.weight"))
+                own = std / math.sqrt(2 * n_layer) if ends_branch else std
+                nn.init.trunc_normal_(parameter, std=own, a=-3 * own, b=3 * own)
+    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
 
 def steps_for(budget: float, config: ModelConfig, depth: DepthRecipe) -> int:

@@ -1,6 +1,7 @@
 """Where an experiment takes place: data, and a plain base that is retrofitted."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -19,9 +20,10 @@ from localdepth_train.start import open_checkpoint
 from localdepth_train.text.settings import SourceRecipe, TextRecipe
 from localdepth_train.trainer import train
 
-__all__ = ["Ground", "Layers", "TaskGround", "TextGround"]
+__all__ = ["LONGEST_TRAINED", "Ground", "Layers", "TaskGround", "TextGround"]
 
-DEPTHS = (1, 2, 4, 8, 16, 32)
+LONGEST_TRAINED = 6  # steps
+_DEPTHS = (1, 2, 4, 8, 16, 32)
 _PLAIN_DEPTH = DepthRecipe(mean=1, backprop=1, fixed=True)
 
 
@@ -72,11 +74,12 @@ class TaskGround:
     layers: Layers = Layers("0", "2-4", "5")
     early_layers: Layers = Layers("0", "1-3", "5")
     all_layers: Layers = Layers("0", "1-4", "5")
-    longest_trained: int = 6
 
     def base(self, folder: Path, seed: int) -> Path:
-        recipe = self._recipe(_PLAIN_DEPTH, self.base_steps, seed, model=_PLAIN)
-        return train(recipe, folder).checkpoint or folder
+        made = folder / "checkpoint"
+        if not made.is_dir():
+            train(self._recipe(_PLAIN_DEPTH, self.base_steps, seed, model=_PLAIN), folder)
+        return made
 
     def recipe(self, start: Path, depth: DepthRecipe, steps: int, seed: int) -> Recipe:
         return self._recipe(depth, steps, seed, start=str(start))
@@ -87,7 +90,7 @@ class TaskGround:
     def _recipe(
         self, depth: DepthRecipe, steps: int, seed: int, model: ModelConfig | None = None, start: str | None = None
     ) -> Recipe:
-        growth = StepsRecipe(start=1, top=self.longest_trained, threshold=0.9, mastered_weight=1.0)
+        growth = StepsRecipe(start=1, top=LONGEST_TRAINED, threshold=0.9, mastered_weight=1.0)
         tasks = TasksRecipe(
             families=("turn", "lift", "day"),
             off_topic_share=0.0,
@@ -102,7 +105,7 @@ class TaskGround:
             seed=seed,
             batch_size=64,
             save_every=steps,
-            evaluation=EvaluationRecipe(every=max(1, steps // 6), depths=DEPTHS),
+            evaluation=EvaluationRecipe(every=max(1, steps // 6), depths=_DEPTHS),
             phases=(phase,),
             bf16=True,
             model=model,
@@ -138,27 +141,23 @@ class TextGround:
     n_tokens: int = 128
 
     def __post_init__(self) -> None:
-        if self._n_layer < 5:
-            raise TrainError(f"{self.checkpoint} has {self._n_layer} layers; experiments with surgery need at least 5")
+        if (n_layer := _n_layer(self.checkpoint)) < 5:
+            raise TrainError(f"{self.checkpoint} has {n_layer} layers; experiments with surgery need at least 5")
 
     @property
     def layers(self) -> Layers:
-        last = self._n_layer - 1
+        last = _n_layer(self.checkpoint) - 1
         return Layers("0", f"2-{last - 1}", str(last))
 
     @property
     def early_layers(self) -> Layers:
-        last = self._n_layer - 1
+        last = _n_layer(self.checkpoint) - 1
         return Layers("0", f"1-{last - 2}", str(last))
 
     @property
     def all_layers(self) -> Layers:
-        last = self._n_layer - 1
+        last = _n_layer(self.checkpoint) - 1
         return Layers("0", f"1-{last - 1}", str(last))
-
-    @property
-    def _n_layer(self) -> int:
-        return open_checkpoint(str(self.checkpoint)).config.n_core
 
     def base(self, folder: Path, seed: int) -> Path:
         return self.checkpoint
@@ -175,8 +174,13 @@ class TextGround:
             seed=seed,
             batch_size=32,
             save_every=steps,
-            evaluation=EvaluationRecipe(every=max(1, steps // 6), depths=DEPTHS),
+            evaluation=EvaluationRecipe(every=max(1, steps // 6), depths=_DEPTHS),
             phases=(Phase(name="text", steps=steps, depth=depth, optimizer=optimizer, text=text),),
             bf16=True,
             start=str(start),
         )
+
+
+@lru_cache
+def _n_layer(checkpoint: Path) -> int:
+    return open_checkpoint(str(checkpoint)).config.n_core
