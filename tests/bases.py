@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-__all__ = ["BASES", "make_base", "plain_logits", "random_base", "write_weights"]
+__all__ = ["BASES", "in_shards", "make_base", "plain_logits", "random_base", "write_weights"]
 
 F64 = NDArray[np.float64]
 
@@ -94,6 +94,19 @@ def write_weights(folder: Path, record: dict[str, Any], dtype: Any) -> None:
     """Random weights of the model that ``record`` describes."""
     tensors = random_base(record)
     save_file({name: array.astype(dtype) for name, array in tensors.items()}, folder / "model.safetensors")
+
+
+def in_shards(folder: Path) -> Path:
+    """The same checkpoint with its weights in two files and an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
 
 
 def plain_logits(record: dict[str, Any], tensors: dict[str, NDArray[Any]], ids: list[int], layers: list[int]) -> F64:

@@ -1,5 +1,7 @@
 """Hypothesis strategies for the objects many tests need: small valid models over the whole option space."""
 
+from typing import Any
+
 import gguf
 import numpy as np
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ from localdepth.config import (
 )
 from localdepth.quant import Quant
 
-__all__ = ["configs", "quants", "stored"]
+__all__ = ["configs", "json_values", "quants", "stored"]
 
 
 def _floats(low: float, high: float) -> st.SearchStrategy[float]:
@@ -65,6 +67,17 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         max_depth=max_depth,
         auto_min_depth=auto_min_depth,
         trained_mean_depth=draw(_floats(0.0, 64.0)),
+    )
+
+
+def json_values(*keys: str) -> st.SearchStrategy[Any]:
+    """Whatever a JSON file may hold, numbers that no float can among them; records have some of ``keys``, too."""
+    numbers = st.integers() | st.floats() | st.sampled_from([10**400, -(10**400)])
+    names = st.text(max_size=3) | st.sampled_from(keys) if keys else st.text(max_size=3)
+    return st.recursive(
+        st.none() | st.booleans() | numbers | names,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4),
+        max_leaves=8,
     )
 
 

@@ -1,6 +1,7 @@
 """Reading checkpoint directories: every layout, every element type, and everything that can be wrong."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from localdepth.engine.toy import random_weights
 from localdepth.errors import CheckpointError, ConfigError, StorageError
 from localdepth_train.checkpoint import Checkpoint, rewrite, save
 from localdepth_train.checkpoint.layouts import LayoutName, recognise
-from tests.published import CONFIGS, EXPECTED, FAMILIES, make_checkpoint, weights_of
-from tests.strategies import configs
+from tests.bases import in_shards
+from tests.published import CONFIGS, EXPECTED, FAMILIES, make_checkpoint, published_tensors, weights_of
+from tests.strategies import configs, json_values
 
 KINDS = {
     "huginn": "Huginn",
@@ -51,7 +53,7 @@ def test_published_layouts_are_recognised_and_read(kind: str, dtype: Any, tmp_pa
 def test_both_published_spellings_of_a_config_are_accepted(fixtures: Path) -> None:
     for saved in (fixtures / "parity").glob("*/config_save_pretrained.json"):
         checkpoint = Checkpoint(saved.parent)
-        shapes = {name: checkpoint.shape(name) for name in checkpoint.stored}
+        shapes = {name: array.shape for name, array in load_file(saved.parent / "model.safetensors").items()}
         assert recognise(json.loads(saved.read_text()), shapes, saved.parent).config == checkpoint.config
 
 
@@ -66,19 +68,22 @@ def test_converted_checkpoints_with_junk_tensors_equal_clean_ones(fixtures: Path
 
 def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
     _, weights = weights_of("huginn")
-    make_checkpoint(tmp_path, "huginn")
-    tensors = load_file(tmp_path / "model.safetensors")
-    (tmp_path / "model.safetensors").unlink()
-    names = sorted(tensors)
-    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-    for file, part in halves.items():
-        save_file({name: tensors[name] for name in part}, tmp_path / file)
-    index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    checkpoint = Checkpoint(tmp_path)
+    checkpoint = Checkpoint(in_shards(make_checkpoint(tmp_path, "huginn")))
     np.testing.assert_array_equal(checkpoint.read("core.1.attn_k.weight"), weights["core.1.attn_k.weight"])
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"b\.safetensors"):
+        Checkpoint(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "huginn")
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    twice = "transformer.ln_f.weight"
+    save_file({twice: 2 * tensors[twice]}, tmp_path / "b.safetensors")
+    index = {"weight_map": {**dict.fromkeys(tensors, "a.safetensors"), "gone": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=rf"{twice} is in .*a\.safetensors and in b\.safetensors; keep the one"):
         Checkpoint(tmp_path)
 
 
@@ -94,8 +99,13 @@ def test_our_own_layout_survives_the_round_trip(family: str, tmp_path: Path) -> 
 
 def test_saving_tensors_that_do_not_fit_is_refused(tmp_path: Path) -> None:
     config, weights = weights_of("huginn")
-    with pytest.raises(ConfigError, match=r"output_norm\.weight"):
+    with pytest.raises(ConfigError, match=r"output_norm\.weight has shape \[3\] where the config implies \[48\]"):
         save(tmp_path / "x", config, {**weights, "output_norm.weight": np.ones(3, np.float32)})
+    with pytest.raises(ConfigError, match=r"extra has shape \[3\] where the config implies none"):
+        save(tmp_path / "x", config, {**weights, "extra": np.ones(3, np.float32)})
+    del weights["output_norm.weight"]
+    with pytest.raises(ConfigError, match=r"output_norm\.weight has shape none where the config implies \[48\]"):
+        save(tmp_path / "x", config, weights)
 
 
 def test_saving_where_a_file_stands_is_a_storage_error(tmp_path: Path) -> None:
@@ -173,6 +183,30 @@ def test_a_checkpoint_replaces_only_one_of_its_own_layout(tmp_path: Path) -> Non
         save(out, config, weights)
 
 
+def test_what_a_writer_has_against_replacing_a_checkpoint_is_heard(tmp_path: Path) -> None:
+    config, weights = weights_of("retrofit_llama")
+    shown: list[Path] = []
+
+    def judge(folder: Path) -> None:
+        shown.append(folder)
+        raise StorageError("it is the only copy")
+
+    out = save(tmp_path / "x", config, weights, judge=judge)
+    assert shown == []
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(StorageError, match="it is the only copy"):
+        save(out, config, {name: 2 * array for name, array in weights.items()}, judge=judge)
+    assert shown == [out]
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_card_goes_along_byte_for_byte_when_a_checkpoint_is_rewritten(tmp_path: Path) -> None:
+    config, weights = weights_of("retrofit_llama")
+    card = b"---\r\nlicense: mit\r\n---\r\nna\xefve"
+    rewrite(save(tmp_path / "x", config, weights, {"README.md": card}), tmp_path / "y", layout=LayoutName.PUBLISHED)
+    assert (tmp_path / "y" / "README.md").read_bytes() == card
+
+
 def test_a_plain_model_is_told_the_retrofit_line(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "retrofit_llama")
     edit(tmp_path, model_type="llama")
@@ -187,12 +221,20 @@ def test_a_plain_model_is_told_the_retrofit_line(tmp_path: Path) -> None:
         ({"model_type": ...}, "model_type None"),
         ({"n_embd": ...}, "n_embd"),
         ({"n_embd": "48"}, "n_embd='48' must be a whole number"),
-        ({"num_attention_heads": 0}, "division"),
+        ({"num_attention_heads": 0}, r"num_attention_heads=0 must be a whole number in 1\.\."),
+        ({"n_embd": 10**400}, "n_embd=1000.* must be a whole number"),
+        ({"n_layers_in_prelude": -1}, r"n_layers_in_prelude=-1 must be a whole number in 0\.\."),
+        ({"norm_eps": None}, "norm_eps=None must be a finite number"),
+        ({"norm_eps": "1e-6"}, "norm_eps='1e-6' must be a finite number"),
+        ({"rope_base": 10**400}, "rope_base=1000.* must be a finite number"),
+        ({"qk_bias": "yes"}, "qk_bias='yes' must be true or false"),
+        ({"tie_embeddings": 1}, "tie_embeddings=1 must be true or false"),
         ({"n_layers_in_recurrent_block": 3}, "missing transformer.core_block.2"),
         ({"n_layers_in_recurrent_block": 1}, "unknown transformer.core_block.1"),
         ({"intermediate_size": 70}, r"mlp\.fc\.weight .* shape \[144, 48\]"),
         ({"nonlin_name": "GELU"}, "nonlin_name='GELU'"),
-        ({"injection_type": "gate"}, "injection_type='gate'"),
+        ({"injection_type": "gate"}, "injection_type='gate' is not one of linear, add"),
+        ({"injection_type": ["linear"]}, r"injection_type=\['linear'\] is not one of"),
         ({"bias": True}, "bias=True"),
         ({"num_key_value_heads": 2}, "qk_bias .* as many key heads"),
         ({"rope_theta": 10000.0, "max_position_embeddings": 96}, "unknown .*norm_3|unknown .*qk_bias"),
@@ -208,10 +250,52 @@ def test_broken_configs_are_refused(changes: dict[str, Any], message: str, tmp_p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"transformer.ln_f.weight": ...}, "missing transformer.ln_f.weight"),
+        ({"rope_theta": None}, "rope_theta=None must be a finite number"),
+        ({"rope_scaling": "x"}, "rope_scaling='x' must be a JSON object"),
+        ({"rope_scaling": {"type": "llama3", "factor": "8"}}, "factor='8' must be a finite number"),
+        ({"init_values": 5}, "init_values=5 must be a JSON object"),
+        ({"init_values": {"std": "small"}}, "std='small' must be a finite number"),
+        ({"init_values": {"embed_scale": True}}, "embed_scale=True must be a finite number"),
+    ],
+)
+def test_broken_configs_of_retrofits_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "retrofit_llama")
+    edit(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=rf"config\.json: {message}"):
+        Checkpoint(tmp_path)
+
+
+@given(st.sampled_from(sorted(CONFIGS)), st.data())
+def test_any_value_in_a_config_is_read_or_refused(kind: str, data: st.DataObject) -> None:
+    record, shapes = CONFIGS[kind], {n: a.shape for n, a in published_tensors(*weights_of(kind)).items()}
+    key = data.draw(st.sampled_from(sorted({*record, "rope_scaling", "init_values", "qk_bias", "head_dim"})))
+    value = data.draw(json_values("type", "rope_type", "llama3", "factor", "low_freq_factor", "std", "embed_scale"))
+    with suppress(CheckpointError):
+        recognise({**record, key: value}, shapes, Path("x"))
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (2, "has format_version 2, this version reads 1; update localdepth"),
+        (..., "has format_version None, this version reads 1; download it again, or write the checkpoint anew"),
+        ("2", "has format_version '2', this version reads 1; download it again"),
+    ],
+)
+def test_other_versions_of_our_layout_are_refused_with_the_remedy(version: Any, message: str, tmp_path: Path) -> None:
+    config, weights = weights_of("huginn")
+    edit(save(tmp_path / "own", config, weights), format_version=version)
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint(tmp_path / "own")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"transformer.ln_f.weight": ...}, r"missing transformer\.ln_f\.weight; unknown none; download it again, or"),
         ({"transformer.extra.weight": np.ones(3, np.float32)}, "unknown transformer.extra.weight"),
         ({"transformer.ln_f.weight": np.ones(47, np.float32)}, r"shape \[47\]"),
-        ({"transformer.ln_f.weight": np.ones(48, np.int32)}, "stored as I32"),
+        ({"transformer.ln_f.weight": np.ones(48, np.int32)}, "stored as I32; convert it to one of F32, F16, BF16"),
         ({"lm_head.weight": np.ones((90, 48), np.float32)}, "head is tied, but lm_head.weight differs"),
     ],
 )
@@ -233,11 +317,14 @@ def test_a_second_copy_of_a_tied_head_is_accepted(tmp_path: Path) -> None:
 def test_missing_directories_files_and_bad_json_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a directory"):
         Checkpoint(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(CheckpointError, match=r"is not UTF-8: .*; download it again"):
+        Checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"not valid JSON: .*; download it again"):
         Checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="JSON object"):
+    with pytest.raises(CheckpointError, match="JSON object, got list; download it again"):
         Checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["huginn"]))
     (tmp_path / "pytorch_model.bin").write_bytes(b"")

@@ -1,5 +1,8 @@
 """Which layers go where: how people write it, and what no model could be made of."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,13 +76,29 @@ def test_any_order_will_do_and_the_rest_is_dropped(order: list[int], first: int,
         ({"coda": "6"}, "coda names layer 6; the base has 6, 0 to 5"),
         ({"core": (-1,)}, "core names layer -1"),
         ({"prelude": None}, "name the layers of prelude, core and coda"),
+        ({"core": 3}, "core=3 must be whole numbers, such as"),
+        ({"core": [1.0]}, r"core=\[1\.0\] must be whole numbers"),
+        ({"core": [True]}, r"core=\[True\] must be whole numbers"),
+        ({"coda": ["5"]}, r"coda=\['5'\] must be whole numbers, such as \[4, 5\], or text, such as \"4-5\""),
+        ({"core": "0-9999"}, "layer 0 is named twice"),
         ({"preset": "tinyllama-4-8-4"}, "leave out prelude, core and coda"),
     ],
 )
-def test_impossible_choices_are_refused(stages: dict[str, str | tuple[int, ...] | None], message: str) -> None:
-    choice = {"prelude": "0-1", "core": "3-4", "coda": "5", "preset": None} | stages
+def test_impossible_choices_are_refused(stages: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        choose_layers(6, **choice)  # type: ignore[arg-type]  # the table mixes the types of four arguments
+        choose_layers(6, **{"prelude": "0-1", "core": "3-4", "coda": "5", "preset": None} | stages)
+
+
+@pytest.mark.parametrize("core", ["3-4", [3, 4], (3, 4), range(3, 5), np.arange(3, 5)])
+def test_layers_are_text_or_any_whole_numbers(core: Any) -> None:
+    layers = choose_layers(6, [0, 1], core, (), None)
+    assert layers == Layers((0, 1), (3, 4), ())
+    assert all(type(i) is int for i in layers.core)  # as JSON wants them
+
+
+def test_more_layers_than_any_base_has_are_refused() -> None:
+    with pytest.raises(ConfigError, match="core names layer 6; the base has 6, 0 to 5"):
+        choose_layers(6, "none", "0-9999", "none", None)
 
 
 @pytest.mark.parametrize("name", PRESETS)

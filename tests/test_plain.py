@@ -1,20 +1,23 @@
 """Plain models, read as models that loop once: they compute what their family does, or are refused with the reason."""
 
-import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from localdepth.config import Injection
 from localdepth.errors import CheckpointError
 from localdepth_train.checkpoint import Checkpoint, save
 from localdepth_train.checkpoint.plain import is_plain, recognise_plain
-from tests.bases import BASES, make_base, plain_logits, random_base
+from tests.bases import BASES, in_shards, make_base, plain_logits, random_base
 from tests.published import make_checkpoint
+from tests.strategies import json_values
 
 torch = pytest.importorskip("torch")
 from localdepth_train.reference_engine import load_reference  # noqa: E402  needs torch
@@ -69,15 +72,10 @@ def test_weights_are_read_in_their_own_type_or_widened(dtype: Any, tmp_path: Pat
 def test_shards_and_leftovers_are_read_through(tmp_path: Path) -> None:
     make_base(tmp_path, "llama")
     tensors = load_file(tmp_path / "model.safetensors")
-    (tmp_path / "model.safetensors").unlink()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
-    names = sorted(tensors)
-    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-    for file, part in shards.items():
-        save_file({name: tensors[name] for name in part}, tmp_path / file)
-    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    np.testing.assert_array_equal(opened(tmp_path).read("output_norm.weight"), tensors["model.norm.weight"])
+    save_file(tensors, tmp_path / "model.safetensors")
+    read = opened(in_shards(tmp_path)).read("output_norm.weight")
+    np.testing.assert_array_equal(read, tensors["model.norm.weight"])
 
 
 def test_a_tied_model_may_store_its_head_again_but_not_another_one(tmp_path: Path) -> None:
@@ -131,17 +129,29 @@ def test_all_spellings_of_the_rope_settings_are_read(changes: dict[str, Any], tm
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "lacks 'low_freq_factor'"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, r"by kind of layer \(full_attention\)"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
-        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5 is not supported, only 1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"layer_types": ["linear_attention"] * 6}, "layer_types has 'linear_attention'"),
         ({"num_hidden_layers": 7}, r"missing model\.layers\.6"),
         ({"num_hidden_layers": 5}, r"unknown model\.layers\.5"),
-        ({"num_hidden_layers": 0}, "n_core=0"),
-        ({"num_attention_heads": 0}, "division"),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers=0 must be a whole number in 1\.\."),
+        ({"num_attention_heads": 0}, r"num_attention_heads=0 must be a whole number in 1\.\."),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0 must be a whole number"),
         ({"hidden_size": "24"}, "hidden_size='24' must be a whole number"),
         ({"intermediate_size": 41}, r"has shape \[40, 24\] where config\.json implies \[41, 24\]"),
         ({"tie_word_embeddings": True}, "head is tied, but"),
-        ({"rms_norm_eps": None}, "float"),
+        ({"rms_norm_eps": None}, "rms_norm_eps=None must be a finite number"),
+        ({"rms_norm_eps": [1e-5]}, r"rms_norm_eps=\[1e-05\] must be a finite number"),
+        ({"rope_theta": "1e4"}, "rope_theta='1e4' must be a finite number"),
+        ({"rope_theta": 10**400}, "rope_theta=1000.* must be a finite number"),
+        ({"rope_scaling": "x"}, "rope_scaling='x' must be a JSON object"),
+        ({"rope_scaling": {"rope_type": None, "type": "linear", "factor": 2}}, "rope_scaling of type 'linear'"),
+        ({"rope_scaling": {"rope_type": "default", "type": "linear"}}, "rope_scaling of type 'linear'"),
+        ({"rope_scaling": {"rope_type": ["llama3"]}}, r"rope_scaling of type \['llama3'\]"),
+        ({"rope_parameters": [5e5]}, r"rope_parameters=\[500000\.0\] must be a JSON object"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' must be true or false"),
+        ({"layer_types": 5}, "layer_types=5 must be a list"),
+        ({"layer_types": [["full_attention"]]}, r"layer_types has \['full_attention'\]"),
         ({"model_type": "mixtral"}, "model_type 'mixtral'; bases can be llama, mistral, olmo2, qwen2, qwen3"),
         ({"model_type": "qwen2_moe"}, "model_type 'qwen2_moe'"),
         ({"model_type": "qwen2"}, r"missing .*q_proj\.bias|missing .*bias"),
@@ -151,6 +161,15 @@ def test_all_spellings_of_the_rope_settings_are_read(changes: dict[str, Any], tm
 def test_what_cannot_be_represented_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         opened(make_base(tmp_path, "llama", **changes))
+
+
+@given(st.sampled_from(sorted(BASES)), st.data())
+def test_any_value_in_a_config_is_read_or_refused(name: str, data: st.DataObject) -> None:
+    record, shapes = BASES[name], {tensor: array.shape for tensor, array in random_base(BASES[name]).items()}
+    key = data.draw(st.sampled_from(sorted({*record, "rope_scaling", "rope_parameters", "layer_types", "head_dim"})))
+    value = data.draw(json_values("type", "rope_type", "llama3", "factor", "rope_theta", "partial_rotary_factor"))
+    with suppress(CheckpointError):
+        recognise_plain({**record, key: value}, shapes, Path("x"))
 
 
 def test_a_looped_model_is_no_base(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from tests.gguf_parts import sound
 from tests.published import EXPECTED
 
 OLD = b"GGUF, an older model"
+UNTRAINED = {"README.md": "by `localdepth retrofit`, not trained since"}  # what the next retrofit may replace
 START_S = 60.0  # until an export has begun to write; a busy machine imports slowly
 
 
@@ -265,7 +266,7 @@ def kill_retrofit(base: Path, folder: Path) -> bool:
 def test_a_killed_retrofit_leaves_the_old_folder_and_the_next_one_tidies_up(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for _ in range(5):
-        save(out, EXPECTED["huginn"], random_weights(EXPECTED["huginn"], seed=1))
+        save(out, EXPECTED["huginn"], random_weights(EXPECTED["huginn"], seed=1), UNTRAINED)
         if kill_retrofit(base, tmp_path):
             break
     [left] = hidden(tmp_path)

@@ -13,8 +13,9 @@ from localdepth.cli import main
 from localdepth.errors import CheckpointError, ModelFileError, StorageError
 from localdepth.store.checkpoint import fetch_checkpoint
 from localdepth.store.hub import Hub
-from localdepth_train.checkpoint import Checkpoint
+from localdepth_train.checkpoint import CARRIED, Checkpoint
 from localdepth_train.checkpoint.plain import recognise_plain
+from localdepth_train.layer_choice import PRESETS, spell_layers
 from localdepth_train.surgery import retrofit
 from tests.bases import BASES, make_base, random_base, write_weights
 from tests.hub import Remote, StandIn, serving
@@ -101,6 +102,16 @@ def test_a_foreign_folder_is_left_alone(called: Any, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years"
 
 
+def test_the_help_names_every_preset_and_its_layers(called: Any) -> None:
+    code, out, _ = called("--help")
+    _, _, rows = out.partition("Presets (")
+    assert code == 0
+    assert [row.split() for row in rows.splitlines()[1:]] == [
+        [name, *(spell_layers(layers) for _, layers in preset.layers.stages()), "of", str(preset.n_layer)]
+        for name, preset in PRESETS.items()
+    ]
+
+
 # --- the Hub ----------------------------------------------------------------------------------------------------------
 
 
@@ -136,6 +147,44 @@ def test_a_base_comes_from_the_hub_and_then_from_the_cache(server: StandIn, tmp_
     np.testing.assert_array_equal(
         tensor, random_base({**BASES["olmo2"], **WIDE})["model.layers.5.post_feedforward_layernorm.weight"]
     )
+
+
+def test_all_that_goes_with_the_weights_comes_from_the_hub(server: StandIn, tmp_path: Path) -> None:
+    small = {name: name.encode() for name in CARRIED if not name.endswith(".json")}
+    server.repos[BASE].files |= {**small, "added_tokens.json": b"{}", "notes.txt": b"theirs", "pytorch_model.bin": b"x"}
+    done = run(BASE, "-o", tmp_path / "out", *CHOICE)
+    assert done.returncode == 0, done.stderr
+    got = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert set(got) == {*small, "added_tokens.json", "config.json", "model.safetensors", "README.md"}
+    assert {name: got[name] for name in small} == small
+
+
+# Two bars at once, which rich before 14.1 refuses by an error of its own.
+STRICT = """
+import sys
+from rich.console import Console
+
+set_live = Console.set_live
+
+def only_one(console, live):
+    is_alone = set_live(console, live)
+    assert is_alone is not False
+    return is_alone
+
+Console.set_live = only_one
+from localdepth.cli import main
+main()
+"""
+
+
+def test_a_base_from_the_hub_is_there_before_the_writing_is_shown(
+    server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # bars, as on a terminal
+    line = [sys.executable, "-c", STRICT, "retrofit", BASE, "-o", str(tmp_path / "out"), *CHOICE]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "writing" in done.stderr
 
 
 def test_what_is_no_base_is_refused_before_its_weights_are_fetched(server: StandIn, tmp_path: Path) -> None:

@@ -16,12 +16,16 @@ from localdepth.config import Injection, ModelConfig, StateInit
 from localdepth.errors import CheckpointError, ConfigError, StorageError
 from localdepth.loading import load
 from localdepth_export.convert import to_gguf
-from localdepth_train.checkpoint import Checkpoint, rewrite
+from localdepth_train.checkpoint import Checkpoint, rewrite, save
 from localdepth_train.checkpoint.layouts import LayoutName
-from localdepth_train.surgery import Cost, retrofit
-from tests.bases import BASES, make_base, plain_logits, random_base, write_weights
+from localdepth_train.checkpoint.plain import recognise_plain
+from localdepth_train.surgery import Cost, Surgery, retrofit
+from tests.bases import BASES, in_shards, make_base, plain_logits, random_base, write_weights
+from tests.conftest import tokenizer_json
+from tests.published import make_checkpoint
 
 torch = pytest.importorskip("torch")
+from localdepth_train.recipe import load_recipe  # noqa: E402
 from localdepth_train.reference_engine import load_reference  # noqa: E402  needs torch
 
 SURGERIES = ("tinyllama", "llama32", "olmo2")
@@ -38,6 +42,19 @@ def logits(folder: Path, depth: int, ids: Any = None) -> Any:
     with torch.no_grad():
         out = load_reference(Checkpoint(folder))(batch, depth).numpy()
     return out[0] if ids is None else out
+
+
+def only_kept(base: Path, out: Path) -> Path:
+    """The layers in ``KEPT`` as a plain model of their own."""
+    opened = Checkpoint(base, recognise_plain)
+    config = replace(opened.config, n_core=len(KEPT))
+
+    def stored(name: str) -> str:
+        stage, _, rest = name.partition(".")
+        i, _, part = rest.partition(".")
+        return f"core.{KEPT[int(i)]}.{part}" if stage == "core" else name
+
+    return save(out, config, {name: opened.unread(stored(name)) for name in config.tensors()})
 
 
 def published(fixtures: Path, name: str) -> tuple[Path, dict[str, Any]]:
@@ -106,8 +123,18 @@ def test_depth_one_of_identity_and_pass_through_is_the_kept_layers(name: str, tm
     retrofit(base, tmp_path / "add", **CHOICE, injection="add")
     firsts = [logits(tmp_path / out, 1) for out in ("identity", "pass-through", "add")]
     np.testing.assert_allclose(firsts[0], wanted, atol=ROUNDING)
-    for first in firsts[1:]:
-        np.testing.assert_array_equal(first, firsts[0])
+    plain = logits(only_kept(base, tmp_path / "kept"), 1)
+    for first in firsts:
+        np.testing.assert_array_equal(first, plain)
+
+
+@pytest.mark.parametrize("layout", LayoutName)
+def test_a_base_in_shards_becomes_the_same_file(layout: str, tmp_path: Path) -> None:
+    whole = make_base(tmp_path / "whole", "llama", ml_dtypes.bfloat16)
+    parts = in_shards(make_base(tmp_path / "parts", "llama", ml_dtypes.bfloat16))
+    made = [retrofit(base, tmp_path / f"of {base.name}", **CHOICE, layout=layout).path for base in (whole, parts)]
+    weights = [(path / "model.safetensors").read_bytes() for path in made]
+    assert weights[0] == weights[1]
 
 
 def test_pass_through_is_addition_to_begin_with(tmp_path: Path) -> None:
@@ -150,6 +177,17 @@ def test_both_layouts_turn_into_each_other_bit_for_bit(name: str, options: dict[
             np.testing.assert_array_equal(step.read(tensor), steps[0].read(tensor))
     for step in steps:
         assert step.text("tokenizer.json") == '{"a": "ä"}'
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3"])  # the second has a tied head
+@pytest.mark.parametrize("layout", LayoutName)
+@pytest.mark.parametrize("init", ["paper", "identity"])
+def test_what_is_said_of_a_retrofit_is_what_its_folder_says(name: str, layout: str, init: str, tmp_path: Path) -> None:
+    made = retrofit(make_base(tmp_path / "base", name), tmp_path / "out", **CHOICE, layout=layout, init=init)
+    assert made.config == Checkpoint(made.path).config
+    assert made.config.tied_head == (name == "llama3" and layout == LayoutName.OURS)
+    assert made.config.trained_mean_depth == (made.config.default_depth if layout == LayoutName.PUBLISHED else 0)
+    assert sum(made.parameters().values()) == made.config.n_params
 
 
 # --- what is new ------------------------------------------------------------------------------------------------------
@@ -233,6 +271,44 @@ def test_the_tokenizer_and_the_licence_come_along(tmp_path: Path) -> None:
     assert "| core | 5,3 |" in card
 
 
+def generation_of(base: Path, out: Path) -> Any:
+    retrofit(base, out, **CHOICE)
+    return json.loads((out / "generation_config.json").read_text())
+
+
+def test_generation_settings_are_the_bases_and_their_ids_those_of_its_config(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "llama", eos_token_id=[2, 3], bos_token_id=1)
+    settings = base / "generation_config.json"
+    settings.write_text('{"temperature": 0.6, "eos_token_id": null}')
+    assert generation_of(base, tmp_path / "out") == {"temperature": 0.6, "bos_token_id": 1, "eos_token_id": [2, 3]}
+    settings.write_text('{"eos_token_id": 7}')
+    assert generation_of(base, tmp_path / "out") == {"bos_token_id": 1, "eos_token_id": 7}
+    settings.write_bytes(b'{"eos_token_id":7,\n"bos_token_id":0}')
+    generation_of(base, tmp_path / "out")
+    assert (tmp_path / "out" / "generation_config.json").read_bytes() == settings.read_bytes()
+    settings.write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is not valid JSON"):
+        generation_of(base, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("card", "front"),
+    [
+        (b"---\r\nlicense: mit\r\ntags: [a]\r\n---\r\n", "license: mit\n"),
+        (b"---\ntags:\n- a\nlicense:\n- mit\n- apache-2.0\n---\n", "license:\n- mit\n- apache-2.0\n"),
+        (b"\xef\xbb\xbf---\nlicense: mit\n---\n", "license: mit\n"),
+        (b"---\nlicense: mit\n---\nna\xefve", "license: mit\n"),
+        (b"---\nlicense: [mit\n---\n", "license: [mit\n"),
+        (b"no front matter", ""),
+    ],
+)
+def test_the_licence_comes_along_however_the_card_is_written(card: bytes, front: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    (base / "README.md").write_bytes(card)
+    made = retrofit(base, tmp_path / "out", **CHOICE)
+    assert (made.path / "README.md").read_text().startswith(f'---\n{front}base_model: "base"\n---\n')
+
+
 # --- refusals, and what stays where it was ----------------------------------------------------------------------------
 
 
@@ -291,6 +367,23 @@ def test_a_base_that_ends_early_leaves_the_older_retrofit(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
 
+def test_only_a_retrofit_that_was_not_trained_is_replaced(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    made = retrofit(base, tmp_path / "out", **CHOICE)
+    retrofit(base, made.path, **CHOICE, seed=1)
+    trained = replace(made.config, trained_mean_depth=4.0)
+    opened = Checkpoint(made.path)
+    save(made.path, trained, {name: opened.unread(name) for name in trained.tensors()}, opened.carried())
+    plain = only_kept(base, tmp_path / "plain")
+    theirs = make_checkpoint(tmp_path / "theirs", "retrofit_llama")
+    (theirs / "README.md").write_text("---\nlicense: mit\n---\nTrained for weeks.")
+    for out, layout in ((made.path, "ours"), (plain, "ours"), (theirs, "published")):
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        with pytest.raises(StorageError, match="is no untrained retrofit and would be lost; name another folder"):
+            retrofit(base, out, **CHOICE, layout=layout)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_memory_is_taken_for_about_the_largest_tensor(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama", vocab_size=100_000)
     write_weights(base, {**BASES["llama"], "vocab_size": 100_000}, np.float32)
@@ -317,3 +410,75 @@ def test_a_real_checkpoint_speaks_on_after_surgery(name: str, fixtures: Path, tm
         said = [model.generate("Once upon a time", depth=depth, max_tokens=40).text for depth in (1, 4)]
     assert said[0] == said[1]
     assert "there was a" in said[0]
+
+
+RECIPE = """
+seed = 0
+batch_size = 2
+save_every = 2
+start = "nowhere"
+[evaluation]
+every = 2
+depths = [1]
+[[phases]]
+name = "heal"
+steps = 2
+[phases.depth]
+mean = 2
+backprop = 1
+[phases.optimizer]
+adamw_lr = 1e-3
+[phases.text]
+n_tokens = 16
+shuffle_buffer = 2
+held_out_one_in = 2
+[[phases.text.sources]]
+path = "{text}"
+"""
+
+
+@pytest.fixture
+def untrained(tmp_path: Path) -> Surgery:
+    """A retrofit with a tokenizer."""
+    base = make_base(tmp_path / "base", "llama", vocab_size=300)
+    write_weights(base, {**BASES["llama"], "vocab_size": 300}, np.float32)
+    (base / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")
+    (base / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    return retrofit(base, tmp_path / "looped", **CHOICE, init="identity")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Two steps on a few sentences, which start from a folder that is not there."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"the cat sat on the mat {i} times and the rat ate {i} oats" for i in range(40)))
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.format(text=text))
+    return path
+
+
+def test_a_retrofit_is_trained_from_where_it_lies(untrained: Surgery, recipe: Path, tmp_path: Path) -> None:
+    by_file = untrained.train(recipe)
+    by_object = untrained.train(load_recipe(recipe), tmp_path / "again")
+    assert by_file.checkpoint == tmp_path / "looped-trained" / "checkpoint"
+    assert by_object.checkpoint == tmp_path / "again" / "checkpoint"
+    assert by_file.steps == 2
+    one, other = (Checkpoint(report.checkpoint) for report in (by_file, by_object))
+    assert one.config == replace(untrained.config, default_depth=2, trained_mean_depth=2.0)
+    for name in one.config.tensors():
+        np.testing.assert_array_equal(one.read(name), other.read(name))
+    name = "core.0.ffn_up.weight"
+    assert not np.array_equal(one.read(name), Checkpoint(untrained.path).read(name))
+
+
+def test_training_replaces_its_own_checkpoint_and_surgery_does_not(
+    untrained: Surgery, recipe: Path, tmp_path: Path
+) -> None:
+    trained = untrained.train(recipe).checkpoint
+    assert trained is not None
+    (trained / "model.safetensors").write_bytes(b"damaged")
+    assert untrained.train(recipe).checkpoint == trained
+    before = Checkpoint(trained).read("output_norm.weight")
+    with pytest.raises(StorageError, match="is no untrained retrofit and would be lost"):
+        retrofit(tmp_path / "base", trained, **CHOICE)
+    np.testing.assert_array_equal(Checkpoint(trained).read("output_norm.weight"), before)

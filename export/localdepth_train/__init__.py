@@ -7,13 +7,18 @@ question generator do without.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from localdepth_train.checkpoint import rewrite
     from localdepth_train.surgery import Surgery, retrofit
     from localdepth_train.trainer import Report, train
 
-__all__ = ["Report", "Surgery", "retrofit", "train"]
+__all__ = ["Report", "Surgery", "retrofit", "rewrite", "train"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "rewrite":
+        from localdepth_train import checkpoint
+
+        return checkpoint.rewrite
     if name in ("Surgery", "retrofit"):
         from localdepth_train import surgery
 

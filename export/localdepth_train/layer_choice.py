@@ -1,8 +1,11 @@
 """Which layers of a base go where: written as "0-3" or "0,2,5-7", or taken from a published recipe."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 from localdepth.config import STAGES
 from localdepth.errors import ConfigError
@@ -30,8 +33,8 @@ class Layers:
     def __post_init__(self) -> None:
         if not self.core:
             raise ConfigError("core has no layers; there must be one to repeat, such as core=4-7")
-        named = [i for _, layers in self.stages() for i in layers]
-        if twice := [i for i in dict.fromkeys(named) if named.count(i) > 1]:
+        named = Counter(i for _, layers in self.stages() for i in layers)
+        if twice := [i for i, n in named.items() if n > 1]:
             raise ConfigError(f"layer {twice[0]} is named twice; every layer has one place")
 
     def stages(self) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -57,7 +60,7 @@ class Layers:
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A published choice of layers, for bases of ``n_layer`` layers."""
+    """A published choice of layers; a base must have ``n_layer``, whatever its kind."""
 
     n_layer: int
     layers: Layers
@@ -125,14 +128,14 @@ def choose_layers(
     Raises:
         ConfigError: both or neither, no such preset, a preset for another number of layers, or layers it does not have.
     """
-    stages = (prelude, core, coda)
+    stages = dict(zip(STAGES, (prelude, core, coda), strict=True))
     if preset is None:
-        if any(stage is None for stage in stages):
+        if any(given is None for given in stages.values()):
             raise ConfigError(f'name the layers of prelude, core and coda ("{_NONE}" for no layers), or a preset')
-        layers = Layers(*(parse_layers(stage) if isinstance(stage, str) else tuple(stage or ()) for stage in stages))
+        layers = Layers(*(_numbers(stage, given) for stage, given in stages.items()))
         layers.check(n_layer)
         return layers
-    if any(stage is not None for stage in stages):
+    if any(given is not None for given in stages.values()):
         raise ConfigError(f"preset={preset!r:.40} says which layers go where; leave out prelude, core and coda")
     if preset not in PRESETS:
         raise ConfigError(f"preset={preset!r:.40} is not one of {', '.join(PRESETS)}")
@@ -141,3 +144,13 @@ def choose_layers(
             f"preset={preset} is for bases of {PRESETS[preset].n_layer} layers, this one has {n_layer}; name the layers"
         )
     return PRESETS[preset].layers
+
+
+def _numbers(stage: str, given: Any) -> tuple[int, ...]:
+    """Layers given as text, or as numbers in a list, a range or the like."""
+    if isinstance(given, str):
+        return parse_layers(given)
+    layers = tuple(given) if isinstance(given, Iterable) else None
+    if layers is None or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in layers):
+        raise ConfigError(f'{stage}={given!r:.80} must be whole numbers, such as [4, 5], or text, such as "4-5"')
+    return tuple(map(int, layers))

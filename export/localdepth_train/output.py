@@ -3,7 +3,8 @@
 A file grows under a hidden name beside its place and takes it when complete; whatever goes wrong before, an existing
 file is untouched and nothing is left behind. Only a process that is killed leaves its hidden file, for the next writer
 in that folder to remove: a living one holds a lock on its own, which the system releases whatever ends it. The same
-holds for folders.
+holds for folders, which take one step more: an old folder is moved aside, under a name that the next writer of the
+same folder finds again, until the new one is in its place.
 """
 
 import errno
@@ -24,7 +25,7 @@ if sys.platform != "win32":  # there a file that somebody has open cannot be rem
 
 __all__ = ["Output", "replacing", "replacing_folder"]
 
-_PREFIX, _FILE, _FOLDER, _OLD = ".localdepth-", ".tmp", ".tmp.d", ".old"
+_PREFIX, _FILE, _FOLDER, _ASIDE = ".localdepth-", ".tmp", ".tmp.d", ".old"
 
 
 class Output:
@@ -93,26 +94,32 @@ def replacing(path: Path, is_of_this_kind: Callable[[Path], bool] = lambda path:
 
 @contextmanager
 def replacing_folder(path: Path, is_of_this_kind: Callable[[Path], bool]) -> Iterator[Path]:
-    """The folder that the block is given to fill takes the place of ``path`` when the block ends well.
+    """The folder that the block is given to fill takes the place of ``path``, and its mode, when the block ends well.
 
-    Folders on the way to it are made. Between moving an old folder away and the new one in there is a moment with
-    neither; a process killed in it leaves both whole, under hidden names, and the old one is never removed.
+    Folders on the way to it are made. Between moving an old folder aside and the new one in there is a moment with
+    neither; after a process that was killed in it, the next writer of ``path`` begins by putting the old one back.
 
     Args:
-        is_of_this_kind: whether an existing folder with something in it may be replaced.
+        is_of_this_kind: whether an existing folder with something in it may be replaced; what it raises passes.
     Raises:
         StorageError: the folder cannot be made, and what was there is as it was; what the block raises passes.
     """
     target = Path(os.path.realpath(path))
     with _storage(path):
+        _settle(target)
         if target.exists() and not target.is_dir():
             raise StorageError(f"{path} is a file; name the folder to write")
+        if target.exists() and target.samefile(os.curdir):
+            raise StorageError(f"{path} is the current folder, which cannot be replaced; name another one")
         if target.exists() and any(target.iterdir()) and not is_of_this_kind(target):
             raise StorageError(f"{path} holds something else and would be lost; name another folder, or remove it")
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target.parent)
         temporary, lock = _create_folder(target.parent)
     try:
+        with _storage(path):
+            if target.exists():
+                shutil.copymode(target, temporary)
         yield temporary
         with _storage(path):
             _swap(temporary, target)
@@ -124,17 +131,30 @@ def replacing_folder(path: Path, is_of_this_kind: Callable[[Path], bool]) -> Ite
 
 def _swap(new: Path, target: Path) -> None:
     """Put ``new`` in the place of ``target`` and remove what was there."""
-    if not target.exists():
-        new.rename(target)
-        return
-    old = _hidden(target.parent, _OLD)
-    target.rename(old)
+    if target.exists():
+        target.rename(_aside(target))
     try:
         new.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        _settle(target)
+
+
+def _settle(target: Path) -> None:
+    """Remove what was moved aside for ``target``; where nothing has taken its place, put it back."""
+    aside = _aside(target)
+    if not aside.is_dir():
+        return
+    if not target.exists():
+        aside.rename(target)
+        return
+    abandoned = _hidden(target.parent, _FOLDER)  # so that what lies aside is always whole
+    aside.rename(abandoned)
+    shutil.rmtree(abandoned, ignore_errors=True)
+
+
+def _aside(target: Path) -> Path:
+    """Where a folder waits while its place is taken."""
+    return target.parent / f"{_PREFIX}{target.name}{_ASIDE}"
 
 
 def _hidden(folder: Path, suffix: str) -> Path:

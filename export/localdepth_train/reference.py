@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from localdepth.config import Injection, ModelConfig, NormPlacement, QkNorm, RopeStyle
+from localdepth.config import STAGES, Injection, ModelConfig, NormPlacement, QkNorm, RopeStyle
 
 __all__ = ["Attend", "Block", "ReferenceModel", "Rotation", "attention_within", "causal_attention"]
 
@@ -147,7 +147,7 @@ class ReferenceModel(nn.Module):
         self.config = config
         n = config.n_embd
         self.token_embd = nn.Embedding(config.n_vocab, n)
-        for stage in ("prelude", "core", "coda"):
+        for stage in STAGES:
             self.add_module(stage, nn.ModuleList(Block(config) for _ in range(config.n_layer(stage))))
         if config.injection is Injection.CONCAT_LINEAR:
             self.injection = nn.ModuleDict(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from localdepth.config import STAGES
 from localdepth.engine.base import F32, Ids, KvType, Limits
 from localdepth.engine.eager import Attend, EagerEngine
 from localdepth_train.checkpoint import Checkpoint
@@ -43,7 +44,7 @@ class ReferenceEngine(EagerEngine):
     def _blocks(self) -> dict[tuple[str, int], Block]:
         return {
             (stage, i): block
-            for stage in ("prelude", "core", "coda")
+            for stage in STAGES
             for i, block in enumerate(self.model.get_submodule(stage).children())
             if isinstance(block, Block)
         }

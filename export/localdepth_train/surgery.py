@@ -22,23 +22,23 @@ Source: McLeish et al. 2025, arXiv:2511.07384; identity as in the fork LoopedLMs
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from localdepth.config import MEASURE_DEPTH, STAGES, Injection, ModelConfig, StateInit
-from localdepth.errors import ConfigError
-from localdepth_train.checkpoint import Checkpoint, Unread, save
+from localdepth.errors import ConfigError, StorageError
+from localdepth_train.checkpoint import Checkpoint, Unread, front_matter, save
 from localdepth_train.checkpoint.layouts import LayoutName
 from localdepth_train.checkpoint.plain import recognise_plain
 from localdepth_train.checkpoint.published import PUBLISHED_STD
+from localdepth_train.checkpoint.records import one_of
 from localdepth_train.flops import Flops
 from localdepth_train.layer_choice import Layers, choose_layers, spell_layers
 
@@ -48,11 +48,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Cost", "Init", "Surgery", "retrofit"]
 
-_E = TypeVar("_E", bound=StrEnum)
 _PUBLISHED_DEPTH = 32  # mean depth that the published retrofits were meant to be trained at
 _F16_BYTES = 2
 _PART_OF = {"token_embd": "embed", "output_norm": "head", "output": "head"}  # other names begin with their part
 _IDS = ("bos_token_id", "eos_token_id")  # which many bases have in config.json alone
+_LICENSE = ("license", "license_name", "license_link")  # fields of a model card
+_CARD, _GENERATION = "README.md", "generation_config.json"
+_UNTRAINED = "by `localdepth retrofit`, not trained since"  # in the card of a retrofit; training writes no card
 
 
 class Init(StrEnum):
@@ -90,7 +92,8 @@ class Surgery:
         path: the new checkpoint.
         kind: of the base, for people.
         base: the base, as a model that loops once.
-        config: the new model.
+        config: the new model, as its checkpoint says.
+        layers: of the base, by the place they have now.
     """
 
     path: Path
@@ -152,12 +155,14 @@ def retrofit(
     """Write the looped model of a plain base; needs no torch, and memory for about the largest tensor.
 
     Depths before training: ``paper`` has the published ones, default 32 and at least 2 when chosen automatically; with
-    the other inits both are 1, where the model is the kept layers. ``trained_mean_depth`` is 0, unknown; the published
-    layout has one number for it and the default depth.
+    the other inits both are 1, where the model is the kept layers. ``trained_mean_depth`` is 0, unknown. The published
+    layout has one number for it and the default depth, so there it reads back as the default depth; and it has a head
+    of its own, so a tie is lost.
 
     Args:
         base: directory of a Llama, Mistral, OLMo-2, Qwen2 or Qwen3 model, or of a plain model in our own layout.
-        out: folder to write; it appears complete or not at all, and only a retrofit of the same layout is replaced.
+        out: folder to write; it appears complete or not at all, and only a retrofit of the same layout that was not
+            trained since is replaced.
         prelude, core, coda: layers of the base, as "0-3", "0,2,5-7", "none" or numbers, in the order they shall run.
         preset: the name of a published choice in their place, one of ``layer_choice.PRESETS``.
         layout: "ours", or "published": as the published surgery writes it. That code builds a linear injection
@@ -172,9 +177,9 @@ def retrofit(
         ConfigError: layers, preset, layout, injection or init cannot be meant, or contradict each other.
         StorageError: ``out`` cannot be written, or holds something else.
     """
-    written = LayoutName.named(layout)
-    how = _one_of("injection", injection, [Injection.CONCAT_LINEAR, Injection.ADD])
-    begin = _one_of("init", init, list(Init))
+    written = one_of("layout", layout, LayoutName)
+    how = one_of("injection", injection, (Injection.CONCAT_LINEAR, Injection.ADD))
+    begin = one_of("init", init, Init)
     if how is Injection.ADD and begin is Init.IDENTITY:
         raise ConfigError("init='identity' keeps the state out, injection='add' lets all of it in; change one of them")
     if seed < 0:
@@ -184,22 +189,32 @@ def retrofit(
         raise ConfigError(f"{out} is the base itself; name another folder")
     layers = choose_layers(opened.config.n_core, prelude, core, coda, preset)
     config = _looped(opened.config, layers, how, begin)
-    made = Surgery(Path(out), opened.kind, opened.config, config, layers)
-    files: dict[str, str | bytes] = {**_generation(opened), **opened.carried()}
-    files["README.md"] = _card(opened, made, source or opened.path.resolve().name, begin)
     tensors = {**_kept(opened, config, layers), **_injected(opened, config, begin, seed)}
-    save(
-        out, config, {name: tensors[name] for name in config.tensors()}, files, layout=written, on_progress=on_progress
+    files: dict[str, str | bytes] = {**opened.carried(), **_generation(opened)}
+    files[_CARD] = _card(opened, layers, source or opened.path.resolve().name, how, begin)
+    path = save(
+        out,
+        config,
+        {name: tensors[name] for name in config.tensors()},
+        files,
+        layout=written,
+        judge=_check_untrained,
+        on_progress=on_progress,
     )
-    return made
+    return Surgery(path, opened.kind, opened.config, Checkpoint(path).config, layers)
 
 
-def _one_of(option: str, value: str, members: Sequence[_E]) -> _E:
-    """The member that ``value`` names."""
-    for member in members:
-        if member == value:
-            return member
-    raise ConfigError(f"{option}={value!r:.40} is not one of {', '.join(members)}")
+def _check_untrained(folder: Path) -> None:
+    """Refuse to replace a model that surgery cannot make again.
+
+    Raises:
+        StorageError: it was trained, or is no retrofit.
+    """
+    card = folder / _CARD
+    if not card.is_file() or _UNTRAINED.encode() not in card.read_bytes():
+        raise StorageError(
+            f"{folder} holds a model that is no untrained retrofit and would be lost; name another folder, or remove it"
+        )
 
 
 def _looped(base: ModelConfig, layers: Layers, injection: Injection, init: Init) -> ModelConfig:
@@ -251,20 +266,24 @@ def _injected(opened: Checkpoint, config: ModelConfig, init: Init, seed: int) ->
     return {f"injection.{half}.weight": Unread((n, n), dtype, make) for half, make in makers.items()}
 
 
-def _generation(opened: Checkpoint) -> dict[str, bytes]:
-    """Where a text begins and ends, from config.json, for bases that say it there alone."""
-    ids = {key: opened.record[key] for key in _IDS if opened.record.get(key) is not None}
-    return {"generation_config.json": json.dumps(ids).encode()} if ids else {}
+def _generation(opened: Checkpoint) -> dict[str, str]:
+    """The base's generation settings, where they lack what its config.json says: where a text begins and ends."""
+    theirs = opened.settings(_GENERATION)
+    lacking = {
+        key: opened.record[key] for key in _IDS if opened.record.get(key) is not None and theirs.get(key) is None
+    }
+    return {_GENERATION: json.dumps({**theirs, **lacking}, indent=2) + "\n"} if lacking else {}
 
 
-def _card(opened: Checkpoint, made: Surgery, source: str, init: Init) -> str:
+def _card(opened: Checkpoint, layers: Layers, source: str, injection: Injection, init: Init) -> str:
     """A model card: the base, its licence, what was done."""
-    front = re.match(r"---\n(.*?)\n---", opened.text("README.md") or "", re.DOTALL)
-    license_lines = re.findall(r"^license(?:_name|_link)?:.*$", front.group(1), re.MULTILINE) if front else []
-    places = "".join(f"| {stage} | {spell_layers(layers)} |\n" for stage, layers in made.layers.stages())
+    fields = front_matter(opened.card())
+    front = [f"{key}:{fields[key]}" for key in _LICENSE if key in fields]
+    n_layer = opened.config.n_core
+    places = "".join(f"| {stage} | {spell_layers(kept)} |\n" for stage, kept in layers.stages())
     return (
-        "\n".join(["---", *license_lines, f"base_model: {json.dumps(source)}", "---"])
-        + f"\n\nA looped model made of {source} ({made.kind}, {made.base.n_core} layers) by `localdepth retrofit`, "
-        f"not trained since. Injection {made.config.injection}, init {init}.\n\n"
-        f"| stage | layers of the base |\n|---|---|\n{places}| dropped | {spell_layers(made.dropped)} |\n"
+        "\n".join(["---", *front, f"base_model: {json.dumps(source)}", "---"])
+        + f"\n\nA looped model made of {source} ({opened.kind}, {n_layer} layers) {_UNTRAINED}. "
+        f"Injection {injection}, init {init}.\n\n"
+        f"| stage | layers of the base |\n|---|---|\n{places}| dropped | {spell_layers(layers.dropped(n_layer))} |\n"
     )

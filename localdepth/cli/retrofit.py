@@ -12,6 +12,7 @@ from localdepth.cli.options import JsonOption
 from localdepth.memory import as_size
 from localdepth.store.checkpoint import fetch_checkpoint
 from localdepth.store.hub import Hub
+from localdepth_train.layer_choice import PRESETS, spell_layers
 
 if TYPE_CHECKING:
     from localdepth_train.surgery import Surgery
@@ -21,7 +22,17 @@ __all__ = ["retrofit"]
 _SHOWN_DEPTHS = (1, 2, 4, 8, 16, 32)
 
 
-@app.command()
+def _presets() -> str:
+    """The published choices of layers, a line each."""
+    wide = max(map(len, PRESETS))
+    lines = ["\b", "Presets (prelude, core and coda, of how many layers):"]  # \b keeps the lines as they are
+    for name, preset in PRESETS.items():
+        spelled = "".join(f"{spell_layers(layers):<7}" for _, layers in preset.layers.stages())
+        lines.append(f"  {name:<{wide}}  {spelled}of {preset.n_layer}")
+    return "\n".join(lines)
+
+
+@app.command(epilog=_presets())
 @command
 def retrofit(
     base: Annotated[str, typer.Argument(help="Directory of a plain model, or OWNER/NAME[@REVISION] on the Hub.")],
@@ -32,7 +43,7 @@ def retrofit(
     core: Annotated[str | None, typer.Option("--core", help="Layers to repeat.")] = None,
     coda: Annotated[str | None, typer.Option("--coda", help="Layers after the core.")] = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", help="A published choice of layers, such as tinyllama-4-8-4.")
+        str | None, typer.Option("--preset", help="A published choice of layers, one of those below.")
     ] = None,
     layout: Annotated[str, typer.Option("--layout", help="ours, or published: as the published retrofits.")] = "ours",
     injection: Annotated[str, typer.Option("--injection", help="concat_linear or add.")] = "concat_linear",
@@ -45,9 +56,10 @@ def retrofit(
     """Make a looped model of a Llama, Mistral, OLMo-2, Qwen2 or Qwen3 model: a start for training."""
     with needs("export"):
         from localdepth_train.surgery import retrofit as run
+    folder = _on_this_machine(base)
     with console.tracking("writing") as on_progress:
         made = run(
-            _on_this_machine(base),
+            folder,
             out,
             prelude=prelude,
             core=core,
@@ -68,10 +80,12 @@ def retrofit(
 
 def _on_this_machine(base: str) -> Path:
     """A directory as it is; anything else is a repository, fetched if need be."""
+    from localdepth_train.checkpoint import CARRIED
+
     if Path(base).exists():
         return Path(base)
     with console.tracking_all() as progress:
-        return fetch_checkpoint(base, Hub(), _judge, progress)
+        return fetch_checkpoint(base, Hub(), _judge, progress, also=CARRIED)
 
 
 def _judge(record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -103,8 +117,6 @@ def _record(made: "Surgery") -> dict[str, Any]:
 
 
 def _show(made: "Surgery") -> None:
-    from localdepth_train.layer_choice import spell_layers
-
     places, counts, before = dict(made.layers.stages()), made.parameters(), made.base_cost()
     rows = [(part, spell_layers(places[part]) if part in places else "-", f"{n:,}") for part, n in counts.items()]
     rows += [("dropped", spell_layers(made.dropped), "-"), ("all", "-", f"{made.config.n_params:,}")]

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def fetch_checkpoint(
-    reference: str, hub: Hub, judge: Callable[[Mapping[str, Any], Shapes, str], None], progress: Progress = silent
+    reference: str,
+    hub: Hub,
+    judge: Callable[[Mapping[str, Any], Shapes, str], None],
+    progress: Progress = silent,
+    *,
+    also: Collection[str] = (),
 ) -> Path:
     """The folder of a checkpoint in the Hugging Face cache, after downloading what is missing there.
 
@@ -30,13 +35,14 @@ def fetch_checkpoint(
         reference: ``owner/name`` or ``owner/name@revision``.
         judge: is shown the record, the tensors' shapes and the reference before the weights are downloaded, and
             raises what it has against them.
+        also: names of further small files to bring along where the repository has them, such as its licence.
     Raises:
         RequestError, ModelFileError: no such repository.
         CheckpointError: it holds no checkpoint; what ``judge`` raises passes.
         MachineError, StorageError: no connection, or no room.
     """
     repository = hub.look(*parse_reference(reference))
-    texts, record, weights = texts_of(repository), read_config(repository, hub), weights_of(repository, hub)
+    texts, record, weights = texts_of(repository, also), read_config(repository, hub), weights_of(repository, hub)
     if any(hub.n_missing(repository, name) for name in weights):
         judge(record, shapes_of(repository, hub, weights), reference)
     names = (*texts, *weights)
@@ -52,8 +58,8 @@ def fetch_checkpoint(
     return paths[0].parent
 
 
-def texts_of(repository: Repository) -> tuple[str, ...]:
-    """The small files of a checkpoint that are there, ``config.json`` first.
+def texts_of(repository: Repository, also: Collection[str] = ()) -> tuple[str, ...]:
+    """The small files of a checkpoint that are there, and those of ``also``; ``config.json`` first.
 
     Raises:
         CheckpointError: it is no checkpoint.
@@ -63,7 +69,7 @@ def texts_of(repository: Repository) -> tuple[str, ...]:
             f"{repository.repo} holds neither a GGUF file nor a checkpoint with {CONFIG}; it has "
             f"{list_some(sorted(repository.files))}"
         )
-    texts = tuple(name for name in (CONFIG, *_TEXTS, _INDEX) if name in repository.files)
+    texts = tuple(name for name in dict.fromkeys((CONFIG, *_TEXTS, _INDEX, *also)) if name in repository.files)
     if large := [name for name in texts if repository.files[name].n_bytes > _LARGEST_TEXT]:
         raise CheckpointError(
             f"{large[0]} in {repository.repo} is larger than any such file should be; pull another repository"

@@ -23,15 +23,16 @@ from safetensors import SafetensorError, safe_open
 from localdepth.config import ModelConfig
 from localdepth.errors import CheckpointError, ConfigError
 from localdepth_train.checkpoint.layouts import LayoutName, layout_of, recognise, record_of
-from localdepth_train.checkpoint.parts import Layout, Part, some
+from localdepth_train.checkpoint.parts import Layout, Part
+from localdepth_train.checkpoint.records import one_of
 from localdepth_train.checkpoint.safetensors_file import DTYPES, Pieces, write_safetensors
 from localdepth_train.output import replacing, replacing_folder
 
-__all__ = ["Checkpoint", "Unread", "rewrite", "save"]
+__all__ = ["CARRIED", "Checkpoint", "Unread", "rewrite", "save"]
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _CARD = "README.md"  # says what the weights are, so it is written anew when they change
-_CARRIED = (  # what goes with the weights wherever they go
+CARRIED = (  # what goes with the weights wherever they go
     "tokenizer.json",
     "tokenizer_config.json",
     "generation_config.json",
@@ -63,8 +64,8 @@ class Unread:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
-    """A tensor as it lies on disk; ``dtype`` in safetensors' words."""
+class _Entry:
+    """A tensor as it lies in a file; ``dtype`` in safetensors' words."""
 
     file: Path
     shape: tuple[int, ...]
@@ -92,8 +93,8 @@ class Checkpoint:
         if not os.path.isdir(self.path):
             raise CheckpointError(f"{self.path} is not a directory; pass the folder that holds {_CONFIG}")
         self.record = _read_json(self.path / _CONFIG)
-        self._tensors = {name: stored for file in _shards(self.path) for name, stored in _contents(file)}
-        self._layout = recognise(self.record, {name: self.shape(name) for name in self._tensors}, self.path)
+        self._entries = _entries(self.path)
+        self._layout = recognise(self.record, {name: self.shape(name) for name in self._entries}, self.path)
         self._check_shapes()
         self._check_tie()
 
@@ -114,7 +115,7 @@ class Checkpoint:
     def unread(self, name: str) -> Unread:
         """One tensor under our name, to be read later, in the type it is stored in."""
         part = self._layout.parts[name]
-        dtype = DTYPES[self._tensors[part.name].dtype]
+        dtype = DTYPES[self._entries[part.name].dtype]
         return Unread(self.config.tensors()[name], dtype, lambda: self._raw(part))
 
     def _raw(self, part: Part) -> npt.NDArray[Any]:
@@ -125,28 +126,40 @@ class Checkpoint:
 
     def carried(self) -> dict[str, bytes]:
         """The files that go with the weights wherever they go: tokenizer, generation settings, licence."""
-        there = (self.path / name for name in _CARRIED)
-        return {file.name: _read_bytes(file) for file in there if file.is_file()}
+        return {name: content for name in CARRIED if (content := self._content(name)) is not None}
+
+    def card(self) -> bytes:
+        """The model card; empty where the directory has none."""
+        return self._content(_CARD) or b""
 
     def text(self, name: str) -> str | None:
         """Contents of a text file that goes with the weights, or None where the directory has none of that name."""
-        assert name in (*_CARRIED, _CARD), f"{name} is none of {_CARRIED}"
+        assert name in CARRIED, f"{name} is none of {CARRIED}"
         file = self.path / name
         return _read_text(file) if file.is_file() else None
 
-    @property
-    def stored(self) -> tuple[str, ...]:
-        """Names of all tensors in the directory, as stored."""
-        return tuple(self._tensors)
+    def settings(self, name: str) -> dict[str, Any]:
+        """The record in a JSON file that goes with the weights; empty where the directory has none of that name.
+
+        Raises:
+            CheckpointError: it holds something else.
+        """
+        assert name in CARRIED, f"{name} is none of {CARRIED}"
+        file = self.path / name
+        return _read_json(file) if file.is_file() else {}
+
+    def _content(self, name: str) -> bytes | None:
+        file = self.path / name
+        return _read_bytes(file) if file.is_file() else None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a stored tensor, under its stored name."""
-        return self._tensors[name].shape
+        return self._entries[name].shape
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[Any]:
         """A stored tensor, to be sliced. Its file is mapped only meanwhile: pages read do not pile up in memory."""
-        file = self._tensors[name].file
+        file = self._entries[name].file
         try:
             with safe_open(file, framework="numpy") as handle:
                 yield handle.get_slice(name)
@@ -155,9 +168,11 @@ class Checkpoint:
 
     def _check_shapes(self) -> None:
         for name, wanted in self._layout.stored_shapes().items():
-            got, dtype = self.shape(name), self._tensors[name].dtype
+            got, dtype = self.shape(name), self._entries[name].dtype
             if dtype not in DTYPES:
-                raise CheckpointError(f"{name} in {self.path} is stored as {dtype}; we read {', '.join(DTYPES)}")
+                raise CheckpointError(
+                    f"{name} in {self.path} is stored as {dtype}; convert it to one of {', '.join(DTYPES)}"
+                )
             # a packed bias [2, 1, H, D] is compared as [2, H * D]
             flat = (got[0], math.prod(got[1:])) if len(got) > len(wanted) else got
             if flat != wanted:
@@ -168,7 +183,7 @@ class Checkpoint:
 
     def _check_tie(self) -> None:
         """A tied model may store its head again; a different head would be silently lost."""
-        if not self.config.tied_head or "lm_head.weight" not in self._tensors:
+        if not self.config.tied_head or "lm_head.weight" not in self._entries:
             return
         embed_name, n = self._layout.parts["token_embd.weight"].name, self.config.n_vocab
         blocks = (slice(i, min(i + _TIE_ROWS, n)) for i in range(0, n, _TIE_ROWS))
@@ -204,12 +219,25 @@ def _shards(path: Path) -> list[Path]:
     return [path / name for name in files]
 
 
-def _contents(file: Path) -> list[tuple[str, _Stored]]:
+def _entries(path: Path) -> dict[str, _Entry]:
+    """Every tensor in a directory, by the name it is stored under."""
+    entries: dict[str, _Entry] = {}
+    for file in _shards(path):
+        for name, entry in _contents(file):
+            if name in entries:
+                raise CheckpointError(
+                    f"{name} is in {entries[name].file} and in {file.name}; keep the one that {_INDEX} names"
+                )
+            entries[name] = entry
+    return entries
+
+
+def _contents(file: Path) -> list[tuple[str, _Entry]]:
     """Name, shape and element type of every tensor in a file."""
     try:
         with safe_open(file, framework="numpy") as handle:
             slices = [(name, handle.get_slice(name)) for name in handle.keys()]  # noqa: SIM118  not a dict
-            return [(name, _Stored(file, tuple(s.get_shape()), str(s.get_dtype()))) for name, s in slices]
+            return [(name, _Entry(file, tuple(s.get_shape()), str(s.get_dtype()))) for name, s in slices]
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"cannot read {file}: {error}; download it again") from error
 
@@ -218,23 +246,23 @@ def _read_bytes(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error}") from error
+        raise CheckpointError(f"cannot read {file}: {error}; make it readable, or download it again") from error
 
 
 def _read_text(file: Path) -> str:
     try:
         return _read_bytes(file).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"cannot read {file}: {error}") from error
+        raise CheckpointError(f"{file} is not UTF-8: {error}; download it again") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         record = json.loads(_read_text(file))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+        raise CheckpointError(f"{file} is not valid JSON: {error}; download it again") from error
     if not isinstance(record, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, got {type(record).__name__}")
+        raise CheckpointError(f"{file} must hold a JSON object, got {type(record).__name__}; download it again")
     return record
 
 
@@ -245,6 +273,7 @@ def save(
     files: Mapping[str, str | bytes] | None = None,
     *,
     layout: str = LayoutName.OURS,
+    judge: Callable[[Path], None] = lambda folder: None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write a checkpoint that appears whole or not at all; ``Unread`` tensors are read one at a time.
@@ -256,27 +285,33 @@ def save(
         tensors: canonical name -> array of the shape in ``config.tensors()``, float32, float16 or bfloat16.
         files: further files by name, such as ``tokenizer.json``.
         layout: "ours" or "published".
+        judge: is shown the checkpoint that would be replaced, and raises what it has against that.
         on_progress: told after each stored tensor how many bytes are written, and how many there are.
     Raises:
         ConfigError: names, shapes or types differ from the config, or the layout cannot hold this model.
-        StorageError: the folder cannot be written, or holds something else.
+        StorageError: the folder cannot be written, or holds something else; what ``judge`` raises passes.
     """
-    written = LayoutName.named(layout)
+    written = one_of("layout", layout, LayoutName)
     _check_fit(config, tensors)
     if written is LayoutName.PUBLISHED and config.tied_head:
         config, tensors = replace(config, tied_head=False), {**tensors, "output.weight": tensors["token_embd.weight"]}
     record = record_of(config, written, str(tensors["token_embd.weight"].dtype))
-    stored = _stored(layout_of(config, written), tensors)
-    n_bytes, done = sum(made.n_bytes for made in stored.values()), 0
+    prepared = _prepared(layout_of(config, written), tensors)
+    n_bytes, done = sum(pieces.n_bytes for pieces in prepared.values()), 0
 
     def count(name: str) -> None:
         nonlocal done
-        done += stored[name].n_bytes
+        done += prepared[name].n_bytes
         if on_progress:
             on_progress(done, n_bytes)
 
-    with replacing_folder(Path(path), lambda folder: _is_checkpoint(folder, written)) as folder:
-        write_safetensors(folder / _WEIGHTS, stored, count)
+    def may_replace(folder: Path) -> bool:
+        if is_alike := _is_checkpoint(folder, written):
+            judge(folder)
+        return is_alike
+
+    with replacing_folder(Path(path), may_replace) as folder:
+        write_safetensors(folder / _WEIGHTS, prepared, count)
         for name, content in {**(files or {}), _CONFIG: json.dumps(record, indent=2) + "\n"}.items():
             with replacing(folder / name) as output:
                 output.append(content.encode() if isinstance(content, str) else content)
@@ -295,7 +330,7 @@ def rewrite(source: str | os.PathLike[str], out: str | os.PathLike[str], *, layo
     opened = Checkpoint(source)
     tensors = {name: opened.unread(name) for name in opened.config.tensors()}
     files: dict[str, str | bytes] = {**opened.carried()}
-    if card := opened.text(_CARD):
+    if card := opened.card():
         files[_CARD] = card
     return save(out, opened.config, tensors, files, layout=layout)
 
@@ -303,22 +338,26 @@ def rewrite(source: str | os.PathLike[str], out: str | os.PathLike[str], *, layo
 def _check_fit(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
     expected = config.tensors()
     got = {name: tuple(array.shape) for name, array in tensors.items()}
-    if got != expected:
-        wrong = sorted(name for name in set(got) | set(expected) if got.get(name) != expected.get(name))
-        raise ConfigError(f"tensors do not fit the config: {some(wrong)}")
+    for name in sorted({*got, *expected}):
+        if got.get(name) != expected.get(name):
+            given, implied = (str(list(shapes[name])) if name in shapes else "none" for shapes in (got, expected))
+            raise ConfigError(
+                f"{name} has shape {given} where the config implies {implied}; give the tensors that config.tensors() "
+                "names"
+            )
 
 
-def _stored(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Pieces]:
+def _prepared(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Pieces]:
     """The tensors of a file, each of which waits for its parts to be read."""
-    stored, packed = {}, layout.packed()
+    prepared, packed = {}, layout.packed()
     for name, shape in layout.stored_shapes().items():
         parts = packed[name]
         types = {np.dtype(tensors[part].dtype) for part in parts}
         if len(types) > 1:
             raise ConfigError(f"{', '.join(parts)} become one tensor and have different types; write our own layout")
         side_by_side = layout.parts[parts[0]].cols is not None
-        stored[name] = Pieces(shape, types.pop(), partial(_pieces, [tensors[part] for part in parts], side_by_side))
-    return stored
+        prepared[name] = Pieces(shape, types.pop(), partial(_pieces, [tensors[part] for part in parts], side_by_side))
+    return prepared
 
 
 def _pieces(parts: Sequence[Tensor], side_by_side: bool) -> Iterator[npt.NDArray[Any]]:
@@ -338,5 +377,5 @@ def _is_checkpoint(folder: Path, layout: LayoutName) -> bool:
         _CONFIG,
         _WEIGHTS,
         _CARD,
-        *_CARRIED,
+        *CARRIED,
     }

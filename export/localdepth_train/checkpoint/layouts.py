@@ -24,17 +24,6 @@ class LayoutName(StrEnum):
     OURS = "ours"  # fields and tensor names of ModelConfig
     PUBLISHED = "published"  # as the published retrofits; the head is always written, so a tie is lost
 
-    @classmethod
-    def named(cls, name: str) -> "LayoutName":
-        """The layout of that name.
-
-        Raises:
-            ConfigError: there is none.
-        """
-        if name not in list(cls):
-            raise ConfigError(f"layout={name!r:.40} is not one of {', '.join(cls)}")
-        return cls(name)
-
     @property
     def model_type(self) -> str:
         """What ``config.json`` calls it."""
@@ -78,10 +67,12 @@ def record_of(config: ModelConfig, name: LayoutName, dtype: str) -> dict[str, An
 
 
 def _own_config(record: Mapping[str, Any], path: Path) -> ModelConfig:
-    if record.get("format_version") != _FORMAT_VERSION:
+    version = record.get("format_version")
+    if version != _FORMAT_VERSION:
+        is_newer = isinstance(version, int) and version > _FORMAT_VERSION
         raise CheckpointError(
-            f"{path / 'config.json'} has format_version {record.get('format_version')!r}; this version reads "
-            f"{_FORMAT_VERSION}, update localdepth"
+            f"{path / 'config.json'} has format_version {version!r:.40}, this version reads {_FORMAT_VERSION}; "
+            + ("update localdepth" if is_newer else "download it again, or write the checkpoint anew")
         )
     fields = {key: value for key, value in record.items() if key not in ("model_type", "format_version")}
     try:
@@ -93,4 +84,4 @@ def _own_config(record: Mapping[str, Any], path: Path) -> ModelConfig:
 def _foreign(kind: Any, path: Path) -> str:
     if isinstance(kind, str) and kind.startswith(PLAIN_MODELS):
         return f"{path} holds a {plain_model(kind, 'it')}"
-    return f'{path} has model_type {kind!r}; we read "{_PUBLISHED}" (Huginn, retrofits) and "{_OWN}"'
+    return f'{path} has model_type {kind!r:.40}; we read "{_PUBLISHED}" (Huginn, retrofits) and "{_OWN}"'

@@ -53,7 +53,7 @@ class Layout:
         if missing or extra:
             raise CheckpointError(
                 f"the tensors in {path} are not those of a {self.kind} model: missing {some(missing)}; "
-                f"unknown {some(extra)}"
+                f"unknown {some(extra)}; download it again, or take the config.json that belongs to the weights"
             )
 
     def packed(self) -> Mapping[str, list[str]]:

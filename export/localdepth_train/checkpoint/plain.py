@@ -18,7 +18,7 @@ from localdepth.config import Injection, ModelConfig, NormPlacement, QkNorm
 from localdepth.errors import CheckpointError, ConfigError
 from localdepth_train.checkpoint.layouts import LayoutName, recognise
 from localdepth_train.checkpoint.parts import Layout, Part
-from localdepth_train.checkpoint.records import reading, rope_scaling, whole
+from localdepth_train.checkpoint.records import flag, items, number, reading, rope_scaling, table, whole
 
 __all__ = ["is_plain", "recognise_plain"]
 
@@ -108,27 +108,28 @@ def _stored_name(name: str) -> str:
 
 
 def _config(record: Mapping[str, Any], family: _Family) -> ModelConfig:
-    for key, allowed in _FIXED.items():
-        if record.get(key) not in allowed and key in record:
-            raise ConfigError(f"{key}={record[key]!r:.80} is not supported, only {allowed[0]!r}; take another base")
-    n_embd, n_head = whole(record, "hidden_size"), whole(record, "num_attention_heads")
     rope = _rope(record)
+    options = {**record, **rope}
+    for key, allowed in _FIXED.items():
+        if key in options and options[key] not in allowed:
+            raise ConfigError(f"{key}={options[key]!r:.80} is not supported, only {allowed[0]!r}; take another base")
+    n_embd, n_head = whole(record, "hidden_size"), whole(record, "num_attention_heads")
     return ModelConfig(
         n_prelude=0,
         n_core=whole(record, "num_hidden_layers"),
         n_coda=0,
         n_embd=n_embd,
         n_head=n_head,
-        n_head_kv=whole(record, "num_key_value_heads") if record.get("num_key_value_heads") else n_head,
-        head_dim=whole(record, "head_dim") if record.get("head_dim") else family.head_dim or n_embd // n_head,
+        n_head_kv=whole(record, "num_key_value_heads", n_head),
+        head_dim=whole(record, "head_dim", family.head_dim or n_embd // n_head),
         n_ff=whole(record, "intermediate_size"),
         n_vocab=whole(record, "vocab_size"),
         n_ctx=_n_ctx(record, family),
-        norm_eps=float(record["rms_norm_eps"]),
+        norm_eps=number(record, "rms_norm_eps"),
         injection=Injection.NONE,
-        rope_base=float(rope.get("rope_theta", 10000)),
+        rope_base=number(rope, "rope_theta", 10000),
         **rope_scaling(rope),
-        tied_head=bool(record.get("tie_word_embeddings", False)),
+        tied_head=flag(record, "tie_word_embeddings", False),
         default_depth=1,
         max_depth=1,
         **family.fields,
@@ -137,20 +138,18 @@ def _config(record: Mapping[str, Any], family: _Family) -> ModelConfig:
 
 def _rope(record: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the rotation, which lie in one entry, in another, or beside them, by age of the file."""
-    beside = {key: record[key] for key in ("rope_theta",) if key in record}
-    settings = {**beside, **(record.get("rope_scaling") or {}), **(record.get("rope_parameters") or {})}
+    places = {"rope_theta": record.get("rope_theta")}, table(record, "rope_scaling"), table(record, "rope_parameters")
+    settings = {key: value for place in places for key, value in place.items() if value is not None}
     if nested := [key for key, value in settings.items() if isinstance(value, dict)]:
         raise ConfigError(f"rope settings by kind of layer ({', '.join(nested)}) are not supported; take another base")
-    if settings.get("partial_rotary_factor", 1) != 1:
-        raise ConfigError(
-            f"partial_rotary_factor={settings['partial_rotary_factor']!r} is not supported, only 1; take another base"
-        )
     return settings
 
 
 def _n_ctx(record: Mapping[str, Any], family: _Family) -> int:
-    n_ctx, kinds = whole(record, "max_position_embeddings"), record.get("layer_types") or []
-    if unknown := sorted(set(kinds) - set(_ATTENTION)):
-        raise ConfigError(f"layer_types has {unknown[0]!r}; only {' and '.join(_ATTENTION)} are supported")
-    slides = "sliding_attention" in kinds or (not kinds and record.get("use_sliding_window", family.slides))
-    return min(n_ctx, whole(record, "sliding_window")) if slides and record.get("sliding_window") else n_ctx
+    n_ctx, kinds = whole(record, "max_position_embeddings"), items(record, "layer_types")
+    if unknown := [kind for kind in kinds if kind not in _ATTENTION]:
+        raise ConfigError(
+            f"layer_types has {unknown[0]!r:.40}, only {' and '.join(_ATTENTION)} are supported; take another base"
+        )
+    slides = "sliding_attention" in kinds or (not kinds and flag(record, "use_sliding_window", family.slides))
+    return min(n_ctx, whole(record, "sliding_window", n_ctx)) if slides else n_ctx

@@ -24,7 +24,7 @@ from localdepth.config import (
 )
 from localdepth.errors import ConfigError
 from localdepth_train.checkpoint.parts import Layout, Part
-from localdepth_train.checkpoint.records import reading, rope_scaling, whole
+from localdepth_train.checkpoint.records import flag, number, one_of, reading, rope_scaling, table, whole
 
 __all__ = ["PUBLISHED_STD", "published_layout", "published_parts", "published_record"]
 
@@ -172,8 +172,7 @@ def published_record(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 def _check_recorded(config: ModelConfig, record: Mapping[str, Any]) -> None:
     """Read the record back: what does not survive is what the published code cannot hold."""
-    if config.injection not in _INJECTIONS.values():
-        raise ConfigError(f"injection={config.injection} is not one of {', '.join(_INJECTIONS.values())}")
+    one_of("injection", str(config.injection), _INJECTIONS.values())
     olmo = config.norm_placement is NormPlacement.POST_BRANCH
     wanted = config.to_dict()
     got = _retrofit(record, NormPlacement.POST_BRANCH if olmo else NormPlacement.PRE, is_tied=False).to_dict()
@@ -196,7 +195,7 @@ def _config(record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def _huginn(record: Mapping[str, Any]) -> ModelConfig:
-    n_embd, common, qk_bias = whole(record, "n_embd"), _common(record), bool(record.get("qk_bias", False))
+    common, qk_bias = _common(record), flag(record, "qk_bias", False)
     if qk_bias and common["n_head"] != common["n_head_kv"]:
         raise ConfigError(
             f"qk_bias is stored with as many key heads as query heads, got n_head={common['n_head']}, "
@@ -207,28 +206,28 @@ def _huginn(record: Mapping[str, Any]) -> ModelConfig:
         norm_placement=NormPlacement.ON_SUM,
         qk_bias=qk_bias,
         rope_style=RopeStyle.INTERLEAVED,
-        rope_base=float(record.get("rope_base", 50000)),  # absent in the published file; default of its class
+        rope_base=number(record, "rope_base", 50000),  # absent in the published file; default of its class
         n_ctx=whole(record, "block_size"),
-        embed_scale=math.sqrt(n_embd),
+        embed_scale=math.sqrt(common["n_embd"]),
         state_init=StateInit.NORMAL,
         state_std=math.sqrt(2 / 5),  # sqrt(2 / (5 n_embd)) * sqrt(n_embd)
         norm_after_core=True,
-        tied_head=bool(record.get("tie_embeddings", record.get("tie_word_embeddings", True))),
+        tied_head=flag(record, "tie_embeddings", flag(record, "tie_word_embeddings", True)),
     )
 
 
 def _retrofit(record: Mapping[str, Any], placement: NormPlacement, is_tied: bool) -> ModelConfig:
-    common, init = _common(record), record.get("init_values", {})
-    std = float(init.get("std", PUBLISHED_STD))
+    common, init = _common(record), table(record, "init_values")
+    std = number(init, "std", PUBLISHED_STD)
     return ModelConfig(
         **common,
-        **rope_scaling(record.get("rope_scaling")),
+        **rope_scaling(table(record, "rope_scaling")),
         norm_placement=placement,
         qk_norm=QkNorm.FULL if placement is NormPlacement.POST_BRANCH else QkNorm.NONE,
         rope_style=RopeStyle.HALF,
-        rope_base=float(record["rope_theta"]),  # their rope_base is a leftover of Huginn's config
+        rope_base=number(record, "rope_theta"),  # their rope_base is a leftover of Huginn's config
         n_ctx=whole(record, "max_position_embeddings"),  # and so is block_size
-        embed_scale=float(init.get("embed_scale", 1.0)),
+        embed_scale=number(init, "embed_scale", 1.0),
         state_init=StateInit.NORMAL if std else StateInit.ZEROS,
         state_std=std,
         # at depth 1 the published retrofits are worse than the model they came from
@@ -242,23 +241,21 @@ def _common(record: Mapping[str, Any]) -> dict[str, Any]:
     for key, expected in (("bias", False), ("nonlin_name", "SiLU"), ("mlp_class_name", "GatedMLP")):
         if record.get(key, expected) != expected:
             raise ConfigError(f"{key}={record[key]!r} is not supported; published models have {expected!r}")
-    injection = record.get("injection_type", "linear")
-    if injection not in _INJECTIONS:
-        raise ConfigError(f"injection_type={injection!r} is not one of {', '.join(_INJECTIONS)}")
+    injection = one_of("injection_type", record.get("injection_type", "linear"), _INJECTIONS)
     n_embd = whole(record, "n_embd")
     n_head = whole(record, "n_heads" if "n_heads" in record else "num_attention_heads")
     mean = whole(record, "mean_recurrence")
     return {
-        "n_prelude": whole(record, "n_layers_in_prelude"),
+        "n_prelude": whole(record, "n_layers_in_prelude", least=0),
         "n_core": whole(record, "n_layers_in_recurrent_block"),
-        "n_coda": whole(record, "n_layers_in_coda"),
+        "n_coda": whole(record, "n_layers_in_coda", least=0),
         "n_embd": n_embd,
         "n_head": n_head,
-        "n_head_kv": whole(record, "num_key_value_heads") if "num_key_value_heads" in record else n_head,
-        "head_dim": whole(record, "head_dim") if record.get("head_dim") else n_embd // n_head,
+        "n_head_kv": whole(record, "num_key_value_heads", n_head),
+        "head_dim": whole(record, "head_dim", n_embd // n_head),
         "n_ff": whole(record, "intermediate_size"),
         "n_vocab": whole(record, "padded_vocab_size" if "padded_vocab_size" in record else "vocab_size"),
-        "norm_eps": float(record["norm_eps"]),
+        "norm_eps": number(record, "norm_eps"),
         "injection": _INJECTIONS[injection],
         "default_depth": mean,
         "max_depth": max(MEASURE_DEPTH, 2 * mean),

@@ -26,7 +26,10 @@ class SpecialTokens:
 def special_tokens(
     tokenizer: Mapping[str, Any], settings: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> SpecialTokens:
-    """Read tokenizer.json, tokenizer_config.json and generation_config.json; the last two may be empty."""
+    """Read tokenizer.json, tokenizer_config.json and generation_config.json; the last two may be empty.
+
+    What is not as these files have it names no token; the tokenizer itself is for its library to judge.
+    """
     ids = _added(tokenizer)
     named_eos, listed_eos = _named(settings.get("eos_token"), ids), _ids(generation.get("eos_token_id"))
     bos = next(iter((*_ids(generation.get("bos_token_id")), *_named(settings.get("bos_token"), ids))), None)
@@ -41,22 +44,23 @@ def special_tokens(
 def _added(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     return {
         token["content"]: token["id"]
-        for token in tokenizer.get("added_tokens") or []
-        if isinstance(token, dict) and isinstance(token.get("content"), str) and isinstance(token.get("id"), int)
+        for token in map(_table, _list(tokenizer.get("added_tokens")))
+        if isinstance(token.get("content"), str) and isinstance(token.get("id"), int)
     }
 
 
 def _begins_with(tokenizer: Mapping[str, Any], bos: int) -> bool:
     """Whether the tokenizer's own post-processor puts ``bos`` before a text, as that of Llama 3 does."""
-    processor = tokenizer.get("post_processor") or {}
-    steps = processor.get("processors", [processor]) if isinstance(processor, dict) else []
-    for step in (step for step in steps if isinstance(step, dict) and step.get("type") == "TemplateProcessing"):
-        first = (step.get("single") or [{}])[0]
-        name = first.get("SpecialToken", {}).get("id") if isinstance(first, dict) else None
-        special = step.get("special_tokens") or {}
-        if name in special and bos in _ids(special[name].get("ids")):
-            return True
-    return False
+    processor = _table(tokenizer.get("post_processor"))
+    return any(_puts_first(_table(step), bos) for step in _list(processor.get("processors", [processor])))
+
+
+def _puts_first(step: Mapping[str, Any], bos: int) -> bool:
+    first = next(map(_table, _list(step.get("single"))), {})
+    name = _table(first.get("SpecialToken")).get("id")
+    if step.get("type") != "TemplateProcessing" or not isinstance(name, str):
+        return False
+    return bos in _ids(_table(_table(step.get("special_tokens")).get(name)).get("ids"))
 
 
 def _named(token: Any, ids: Mapping[str, int]) -> tuple[int, ...]:
@@ -68,3 +72,11 @@ def _named(token: Any, ids: Mapping[str, int]) -> tuple[int, ...]:
 def _ids(value: Any) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [value]
     return tuple(item for item in values if isinstance(item, int) and not isinstance(item, bool))
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
