@@ -62,7 +62,7 @@ with serve(rpc) as endpoint:
                     cache.keep(prefix)
             np.testing.assert_allclose(logits[1], logits[3], atol=1e-5)
             cpu.close(), gpu.close()
-    question = "Start with 22. Subtract 2. Take away 9. Add 8. Which digit is last?"
+    question = "Start with 22. Take away 9. Add 8. Which digit is last?"
     with load(device="gpu") as model:
         print(model.generate(question, depth=16).text)
 """
@@ -90,4 +90,4 @@ def test_another_device_computes_what_the_cpu_does(tmp_path: Path) -> None:
         [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1] == "It is 9."
+    assert done.stdout.splitlines()[-1] == "The last digit is 1."

@@ -45,7 +45,7 @@ def test_two_commands_set_up_a_fresh_machine() -> None:
 def test_the_main_command_answers_on_the_default_model() -> None:
     done = run(blocks("sh")[0].split("&&")[-1].strip())
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "It is 0.\n"
+    assert done.stdout == "The last digit is 7.\n"
     assert "depth 16, chosen by request" in done.stderr
 
 
@@ -67,7 +67,7 @@ def test_the_python_example_runs() -> None:
     [program] = blocks("python")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Floor 3. 8 8.0")
+    assert done.stdout.startswith("It is floor 3. 8 8.0")
 
 
 def recipes() -> list[str]:

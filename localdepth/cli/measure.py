@@ -40,7 +40,7 @@ def curve(
     seed: Annotated[int, typer.Option("--seed", help="Of the fresh questions.")] = 0,
     per_cell: Annotated[
         int,
-        typer.Option("--per-cell", min=1, help="Questions per number of steps, in sixes."),
+        typer.Option("--per-cell", min=1, help="Questions per number of steps, of all kinds."),
     ] = 300,
     steps: Annotated[str, typer.Option("--steps", help="Numbers of steps to ask.")] = "1,2,3,4,5,6,7,8",
     data: Annotated[Path | None, typer.Option("--data", help="JSONL with question, answer, family, steps.")] = None,

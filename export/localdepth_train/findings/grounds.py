@@ -23,7 +23,7 @@ from localdepth_train.trainer import train
 __all__ = ["LONGEST_TRAINED", "Ground", "Layers", "TaskGround", "TextGround"]
 
 LONGEST_TRAINED = 6  # steps
-_DEPTHS = (1, 2, 4, 8, 16, 32)
+_DEPTHS = (1, 2, 4, 8, 16)
 _PLAIN_DEPTH = DepthRecipe(mean=1, backprop=1, fixed=True)
 
 
@@ -69,8 +69,8 @@ class Ground(Protocol):
 class TaskGround:
     """Questions of up to six steps, judged up to eight, and a plain model of six layers trained on them."""
 
-    steps: int = 600
-    base_steps: int = 600
+    steps: int = 400
+    base_steps: int = 900
     layers: Layers = Layers("0", "2-4", "5")
     early_layers: Layers = Layers("0", "1-3", "5")
     all_layers: Layers = Layers("0", "1-4", "5")
@@ -92,11 +92,11 @@ class TaskGround:
     ) -> Recipe:
         growth = StepsRecipe(start=1, top=LONGEST_TRAINED, threshold=0.9, mastered_weight=1.0)
         tasks = TasksRecipe(
-            families=("turn", "lift", "day"),
+            families=("turn", "lift", "hop"),
             off_topic_share=0.0,
             near_miss_share=0.0,
             question_steps=growth,
-            evaluate_questions=20,
+            evaluate_questions=12,
             evaluate_steps=8,
         )
         optimizer = OptimizerRecipe(muon_lr=5e-3, adamw_lr=3e-3, weight_decay=0.1, warmup=0.02, cooldown=0.5)
@@ -105,7 +105,7 @@ class TaskGround:
             seed=seed,
             batch_size=64,
             save_every=steps,
-            evaluation=EvaluationRecipe(every=max(1, steps // 6), depths=_DEPTHS),
+            evaluation=EvaluationRecipe(every=max(1, steps // 4), depths=_DEPTHS),
             phases=(phase,),
             bf16=True,
             model=model,
@@ -137,7 +137,7 @@ class TextGround:
 
     checkpoint: Path
     text: str
-    steps: int = 400
+    steps: int = 120
     n_tokens: int = 128
 
     def __post_init__(self) -> None:
@@ -169,12 +169,12 @@ class TextGround:
         text = TextRecipe(
             sources=(SourceRecipe(path=self.text),), n_tokens=self.n_tokens, held_out_one_in=20, held_out_documents=48
         )
-        optimizer = OptimizerRecipe(muon_lr=2e-3, adamw_lr=1e-3, weight_decay=0.1, warmup=0.02, cooldown=0.5)
+        optimizer = OptimizerRecipe(adamw_lr=5e-4, weight_decay=0.1, warmup=0.02, cooldown=0.5)
         return Recipe(
             seed=seed,
             batch_size=32,
             save_every=steps,
-            evaluation=EvaluationRecipe(every=max(1, steps // 6), depths=_DEPTHS),
+            evaluation=EvaluationRecipe(every=max(1, steps // 4), depths=_DEPTHS),
             phases=(Phase(name="text", steps=steps, depth=depth, optimizer=optimizer, text=text),),
             bf16=True,
             start=str(start),
