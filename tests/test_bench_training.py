@@ -35,10 +35,12 @@ def test_the_trainer_has_the_losses_of_a_straightforward_loop(tables: Tables) ->
 
 
 def test_memory_of_a_step_grows_with_the_passes_that_carry_gradient_alone(tables: Tables) -> None:
-    _, by_passes, by_gradient, _ = tables.values()
+    _, by_passes, by_gradient, by_parts = tables.values()
     assert len({peak for _, peak in by_passes}) == 1
     kept, again = ([float(row[column]) for row in by_gradient] for column in (1, 2))
     assert kept[-1] - kept[0] > 5 * (again[-1] - again[0])
+    *_, two, four = (float(peak) for _, peak in by_parts)
+    assert four == two, "gradients are added up as they come"
 
 
 @pytest.mark.slow

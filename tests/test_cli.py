@@ -302,15 +302,15 @@ def test_curve_measures_a_file_of_questions(model_file: Path, tmp_path: Path) ->
 
 
 def test_curve_asks_fresh_questions_of_every_family() -> None:
-    done = localdepth("curve", "--depths", "1,8", "--steps", "1,4", "--per-cell", "12", "--seed", 5, "--json")
+    done = localdepth("curve", "--depths", "1,8", "--steps", "1,4", "--per-cell", "18", "--seed", 5, "--json")
     record = one_line(done)
     assert set(record["by_steps"]) == {"1", "4"}
     assert set(record["by_family"]) == set(FAMILIES)
-    assert record["n"] == {"1": 12, "4": 12}
+    assert record["n"] == {"1": 18, "4": 18}
     assert record["by_steps"]["4"]["8"] > record["by_steps"]["4"]["1"]
     assert record["passes_to_90"]["4"] == 8
     assert "0.0 % occur in training" in done.stderr
-    shown = localdepth("curve", "--depths", "1,8", "--steps", "1", "--per-cell", "6").stdout
+    shown = localdepth("curve", "--depths", "1,8", "--steps", "1", "--per-cell", "9").stdout
     assert "90 % at" in shown
     refused = localdepth("curve", "--depths", "1,65")
     assert refused.returncode == 2

@@ -8,7 +8,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from localdepth_train.depth_sampler import Passes, sample_passes, seeded  # noqa: E402
+from localdepth_train.depth_sampler import (  # noqa: E402
+    Passes,
+    expected_depth,
+    numbered,
+    sample_passes,
+    sample_rows,
+    seeded,
+)
+from localdepth_train.recipe import DepthRecipe, DrawPer  # noqa: E402
 
 
 def test_draws_equal_the_published_trainer(fixtures: Path) -> None:
@@ -45,3 +53,21 @@ def test_only_the_last_passes_carry_gradient(backprop: int) -> None:
 
 def test_a_data_step_always_draws_the_same() -> None:
     assert sample_passes(32, 8, seeded(5)) == sample_passes(32, 8, seeded(5)) == Passes(32, 8)
+
+
+def test_seeds_share_no_stream() -> None:
+    """Torch looks at 32 bits of a seed: what differs above them is the same stream."""
+    streams = {numbered(step, seed).initial_seed() for seed in (0, 1, 2, 3, 1 << 31) for step in range(1000)}
+    assert len(streams) == 5000
+    assert max(streams) < 1 << 32
+    draws = {tuple(torch.rand(2, generator=seeded(1, seed)).tolist()) for seed in (0, 1, 2, (1 << 32) - 1)}
+    assert len(draws) == 4
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_micro_batch_is_drawn_as_planned(fixed: bool) -> None:
+    shared, own = (DepthRecipe(mean=6, backprop=2, fixed=fixed, per=per) for per in DrawPer)
+    assert len(set(sample_rows(shared, 50, 6, 2, seeded(1)))) == 1
+    rows = sample_rows(own, 2000, 6, 2, seeded(1))
+    assert len(set(rows)) == 1 if fixed else len(set(rows)) > 5
+    assert np.mean([row.depth for row in rows]) == pytest.approx(expected_depth(own, 6), rel=0.05)

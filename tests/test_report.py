@@ -29,6 +29,7 @@ def step_record(step: int, **changes: Any) -> Record:
         "flops": 1e12 * step,
         "depths": {"2": 1, "5": 3},
         "mean_depth": 3,
+        "expected_depth": 4,
         "backprop_depth": 2,
         "lr": 1.0,
         "gradient_norm": 0.5,
@@ -99,10 +100,9 @@ def test_an_evaluation_that_diverged_at_a_depth_leaves_a_gap(tmp_path: Path) -> 
     draw(as_groups([run]), tmp_path / "figure.png")
 
 
-def test_the_times_of_a_resumed_run_are_added_up(tmp_path: Path) -> None:
-    clock = [1.0, 2.0, 3.0, 0.5, 1.5, 0.25]
-    folder = write_run(tmp_path / "run", [step_record(i, seconds=s) for i, s in enumerate(clock, 1)])
-    assert read_run(folder).seconds == 3.0 + 1.5 + 0.25
+def test_the_time_of_a_run_is_the_last_its_log_tells(tmp_path: Path) -> None:
+    records = [step_record(1), evaluation_record(1) | {"seconds": 3.5}, {"event": "stopped"}]
+    assert read_run(write_run(tmp_path / "run", records)).seconds == 3.5
 
 
 def test_a_torn_last_line_is_no_part_of_the_log(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_group_has_only_the_depths_that_all_its_runs_measured(tmp_path: Path) 
 
 
 def test_an_older_log_is_counted_in_steps(tmp_path: Path) -> None:
-    old = [{"step": step, "loss": 1.0 / step, "mean_depth": 2, "seconds": 1.0 * step} for step in (50, 100)]
+    old = [{"step": step, "loss": 1.0 / step, "seconds": 1.0 * step} for step in (50, 100)]
     folders = [write_run(tmp_path / "old", old), a_run(tmp_path / "new")]
     runs = read_runs(folders)
     assert (common_axis(runs), common_axis(runs[1:])) == ("step", "flops")
@@ -284,7 +284,7 @@ def test_a_figure_says_what_it_shows(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", [*records, evaluation_record(10)])
     draw(as_groups(read_runs([one])), tmp_path / "one.svg")
     titles = {"Training loss", "Depths drawn", "Evaluation loss", "Last evaluation: accuracy by depth"}
-    assert titles | {"one", " target", "planned mean + 1", "FLOPs (10¹²)"} <= words_of(tmp_path / "one.svg")
+    assert titles | {"one", " target", "expected mean", "FLOPs (10¹²)"} <= words_of(tmp_path / "one.svg")
     draw(as_groups(read_runs([*seeds(tmp_path), one]), by_seed=True), tmp_path / "seeds.svg")
     assert {"looped (3 seeds)", "one", "95 % t interval over seeds"} <= words_of(tmp_path / "seeds.svg")
 
@@ -300,7 +300,7 @@ def test_names_that_matplotlib_takes_for_something_else_are_shown(tmp_path: Path
     [
         {"depths": ...},
         {"depths": {"3": 0}},
-        {"mean_depth": ...},
+        {"expected_depth": ...},
         {"tokens_per_second": ...},
         {"flops": ..., "tokens": ...},
     ],

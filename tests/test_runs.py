@@ -1,7 +1,7 @@
-"""Runs on text, through phases, killed, out of room, damaged, and shared between processes."""
+"""Runs on text, through phases, killed, out of room, damaged, shown while they go."""
 
 import json
-import os
+import re
 import resource
 import signal
 import subprocess
@@ -10,33 +10,45 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from localdepth.cli.train import duration  # noqa: E402
 from localdepth.errors import StorageError, TrainError  # noqa: E402
 from localdepth_train.checkpoint import Checkpoint  # noqa: E402
-from localdepth_train.recipe import DepthRecipe, DrawPer, ObjectiveRecipe, Recipe, load_recipe  # noqa: E402
+from localdepth_train.recipe import (  # noqa: E402
+    DepthRecipe,
+    DrawPer,
+    ObjectiveRecipe,
+    Recipe,
+    load_recipe,
+)
 from localdepth_train.run_folder import RunFolder  # noqa: E402
+from localdepth_train.text.settings import SourceRecipe  # noqa: E402
 from localdepth_train.trainer import Trainer, train  # noqa: E402
 from tests.conftest import tokenizer_json  # noqa: E402
-from tests.published import EXPECTED  # noqa: E402
-from tests.training import changed, losses, records, start_folder, text_recipe, tiny_recipe  # noqa: E402
+from tests.training import (  # noqa: E402
+    HEAL_CONFIG,
+    changed,
+    heal_recipe,
+    losses,
+    on_text,
+    records,
+    start_folder,
+    toml,
+)
 
-SHARED_ROUNDING = 1e-5  # relative, of losses that two processes share
 START_S = 60.0  # until a run has begun; a busy machine imports slowly
+EVERY_LINE = "import localdepth.cli.train as train; train._LINE_EVERY_S = 0; from localdepth.cli import main; main()"
 
 
 @pytest.fixture(scope="module")
 def heal(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """Twelve steps in two phases on a text of 120 documents."""
-    folder = tmp_path_factory.mktemp("heal")
-    rows = ({"text": f"the cat number {i} sat on the mat and ate {i % 7} oats"} for i in range(120))
-    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = replace(EXPECTED["retrofit_llama"], n_vocab=300, n_ctx=64)
-    return text_recipe(start_folder(folder / "start", config, tokenizer_json()), folder / "text.jsonl")
+    return heal_recipe(tmp_path_factory.mktemp("heal"), tokenizer_json())
 
 
 def weights(folder: Path) -> Mapping[str, np.ndarray]:
@@ -93,8 +105,13 @@ def test_a_saved_state_that_is_damaged_falls_back_to_the_one_before(
     train(heal, tmp_path / "hurt", until=7)
     state = tmp_path / "hurt/state.pt"
     state.write_bytes(state.read_bytes()[:-2000])
-    train(heal, tmp_path / "hurt")
+    train(heal, tmp_path / "hurt", until=7)
     assert "going on from the state saved before it" in caplog.text
+    state.write_bytes(b"")
+    found = RunFolder(tmp_path / "hurt").read_state()
+    assert found is not None
+    assert found["step"] == 6, "the sound state took no damaged one's place"
+    train(heal, tmp_path / "hurt")
     assert losses(tmp_path / "whole") == losses(tmp_path / "hurt")
 
 
@@ -115,43 +132,61 @@ def test_a_full_disk_keeps_the_last_state(heal: Recipe, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_bad_row_stops_with_its_line_and_keeps_the_state(heal: Recipe, tmp_path: Path) -> None:
-    text = tmp_path / "bad.jsonl"
-    source = heal.phases[0].text
-    assert source is not None
-    good = Path(source.sources[0].path).read_text()
-    text.write_text(good + "{broken\n")
-    with pytest.raises(TrainError, match=r"bad\.jsonl.*121"):
-        train(heal.given(text=str(text)), tmp_path / "run")
+def test_later_phases_are_checked_before_the_first_begins(heal: Recipe, tmp_path: Path) -> None:
+    first, second = heal.phases
+    assert second.text is not None
+    missing = replace(second.text, sources=(replace(second.text.sources[0], path="nowhere.jsonl"),))
+    strange = start_folder(tmp_path / "strange", replace(HEAL_CONFIG, n_vocab=280), tokenizer_json())
+    teacher = ObjectiveRecipe(teacher=str(strange), distillation=1.0)
+    for phase, said in (
+        (replace(second, text=missing), "no text found at 'nowhere.jsonl'"),
+        (replace(second, text=replace(second.text, n_tokens=65)), "'target': text.n_tokens=65 exceeds .* n_ctx=64"),
+        (replace(second, objective=teacher), "n_vocab=280, the model 300"),
+    ):
+        with pytest.raises(TrainError, match=said):
+            Trainer(replace(heal, phases=(first, phase)))
+    with pytest.raises(TrainError, match=r"batch_size=5 must be a multiple .* = 2; give 6"):
+        Trainer(replace(heal, batch_size=5))
 
 
-def toml(recipe: Recipe, path: Path) -> Path:
-    """A recipe file on the text of another, long enough to be killed in."""
-    text = recipe.phases[0].text
-    assert text is not None
-    path.write_text(f"""
-    seed = 0
-    batch_size = 4
-    save_every = 2
-    start = "{recipe.start}"
-    [evaluation]
-    every = 400
-    depths = [1]
-    [[phases]]
-    name = "heal"
-    steps = 400
-    [phases.depth]
-    mean = 2
-    backprop = 2
-    [phases.optimizer]
-    adamw_lr = 1e-3
-    [phases.text]
-    n_tokens = 32
-    shuffle_buffer = 8
-    [[phases.text.sources]]
-    path = "{text.sources[0].path}"
-    """)
-    return path
+def test_the_end_of_a_phase_is_saved(heal: Recipe, tmp_path: Path) -> None:
+    def fail(record: Mapping[str, Any]) -> None:
+        if record["step"] == 8:
+            raise RuntimeError("power failure")
+
+    with pytest.raises(RuntimeError):
+        train(replace(heal, save_every=100), tmp_path, on_record=fail)
+    saved = RunFolder(tmp_path).read_state()
+    assert saved is not None
+    assert (saved["step"], saved["phase"]) == (6, "heal")
+
+
+def test_without_held_out_text_nothing_is_evaluated(heal: Recipe, tmp_path: Path) -> None:
+    report = train(on_text(heal, held_out_one_in=0), tmp_path)
+    assert report.evaluation is None
+    assert not any("evaluation" in record for record in records(tmp_path))
+
+
+def test_a_step_without_labels_is_no_failure(heal: Recipe, tmp_path: Path) -> None:
+    asked = {"text": "the cat sat on the mat " * 20, "answer": "oats"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(asked) + "\n")
+    source = SourceRecipe(path=str(tmp_path / "long.jsonl"), prompt_field="text", answer_field="answer")
+    recipe = on_text(replace(heal, batch_size=1, micro_batches=1), sources=(source,), held_out_one_in=0)
+    train(recipe, tmp_path / "run")
+    assert 0.0 in losses(tmp_path / "run")
+    assert max(losses(tmp_path / "run")) > 0
+
+
+def test_seeds_draw_depths_and_states_of_their_own(heal: Recipe) -> None:
+    text = on_text(heal, shuffle_buffer=1)  # the same for all seeds
+    still = changed(text, depth=DepthRecipe(mean=2, backprop=2, fixed=True))
+    depths, first_losses = [], []
+    for seed in range(3):
+        trainer = Trainer(replace(text, seed=seed))
+        depths.append([trainer.advance()["depths"] for _ in range(6)])
+        first_losses.append(Trainer(replace(still, seed=seed)).advance()["loss"])
+    assert all(one != other for i, one in enumerate(depths) for other in depths[:i])
+    assert len(set(first_losses)) == 3
 
 
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(heal: Recipe, tmp_path: Path) -> None:
@@ -176,35 +211,27 @@ def wait_for_steps(log: Path, n: int) -> None:
     raise AssertionError(f"no {n} steps within {START_S} s")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("per", DrawPer)
-@pytest.mark.parametrize("shard", [False, True])
-def test_two_processes_lose_as_one_does(tmp_path: Path, per: DrawPer, shard: bool) -> None:
-    train(shared_recipe(per, shard), tmp_path / "alone")
-    together(tmp_path, per, shard)
-    assert losses(tmp_path / "together") == pytest.approx(losses(tmp_path / "alone"), rel=SHARED_ROUNDING)
-    one, other = records(tmp_path / "alone"), records(tmp_path / "together")
-    assert [record["flops"] for record in one] == [record["flops"] for record in other]
-
-
-def together(folder: Path, per: DrawPer, shard: bool) -> None:
-    """The same recipe by two processes."""
-    (folder / "program.py").write_text(
-        "import torch; torch.set_num_threads(1)\n"
-        "from localdepth_train.recipe import DrawPer; from localdepth_train.trainer import train\n"
-        "from tests.test_runs import shared_recipe\n"
-        f"train(shared_recipe(DrawPer({str(per)!r}), {shard}), {str(folder / 'together')!r})\n"
+def test_progress_says_flops_and_what_is_left(heal: Recipe, tmp_path: Path) -> None:
+    recipe = toml(heal, tmp_path / "recipe.toml", steps=4)
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_LINE, "train", "run", str(recipe), "-o", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(folder / "program.py")], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    first, *_, last = (line for line in done.stderr.splitlines() if ": loss" in line)
+    assert re.fullmatch(r"step 1 of 4: loss \d\.\d+, [\d,]+ tokens/s, \d\.\d\de\+\d\d FLOPs", first)
+    assert re.fullmatch(r"step 4 of 4: .* FLOPs, 0 min 00 s left", last)
+    assert duration(200) == "3 min 20 s"
 
 
-def shared_recipe(per: DrawPer, shard: bool) -> Recipe:
-    """Two phases of six steps by AdamW: Muon works in bfloat16 and magnifies how sums were rounded."""
-    tiny = tiny_recipe()
-    depth, optimizer = replace(tiny.phases[0].depth, per=per), replace(tiny.phases[0].optimizer, muon_lr=0.0)
-    [phase] = changed(tiny, steps=6, depth=depth, optimizer=optimizer).phases
-    return replace(tiny, shard=shard, phases=(phase, replace(phase, name="again")))
+def test_a_run_that_is_stopped_answers_in_json(heal: Recipe, tmp_path: Path) -> None:
+    recipe = toml(heal, tmp_path / "recipe.toml")
+    command = [sys.executable, "-m", "localdepth", "train", "run", str(recipe), "-o", str(tmp_path / "run"), "--json"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(tmp_path / "run/log.jsonl", 2)
+    running.send_signal(signal.SIGINT)
+    answer, _ = running.communicate()
+    record = json.loads(answer)
+    assert running.returncode == 130
+    assert 2 <= record["steps"] < 400
+    assert record["checkpoint"] is None

@@ -200,7 +200,7 @@ def documents(path: Path, on_bad: OnBadRow, buffer: int = 2) -> ShuffledDocument
 
 def test_a_bad_row_stops_or_is_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl([ROWS[0], 3, ROWS[1], {"text": "unwanted"}, ROWS[2]]))
-    with pytest.raises(TrainError, match=r"a\.jsonl, line 2 holds int.*mend or remove.*on_bad_row = \"skip\""):
+    with pytest.raises(TrainError, match=r"a\.jsonl, line 2 holds int.*on_bad_row = \"skip\" and go on, or mend"):
         documents(tmp_path, OnBadRow.STOP).upcoming(1)
     skipping = documents(tmp_path, OnBadRow.SKIP)
     found = []

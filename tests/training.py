@@ -17,10 +17,26 @@ from localdepth.engine.toy import random_weights
 from localdepth_train.checkpoint import save
 from localdepth_train.recipe import EvaluationRecipe, Recipe, load_recipe, parse_recipe
 from localdepth_train.trainer import train
+from tests.published import EXPECTED
 
-__all__ = ["CLOCKS", "DEFAULT", "changed", "losses", "records", "start_folder", "text_recipe", "tiny_recipe"]
+__all__ = [
+    "CLOCKS",
+    "DEFAULT",
+    "HEAL_CONFIG",
+    "changed",
+    "heal_recipe",
+    "losses",
+    "on_text",
+    "records",
+    "start_folder",
+    "text_of",
+    "text_recipe",
+    "tiny_recipe",
+    "toml",
+]
 
 DEFAULT = Path(__file__).parents[1] / "export/localdepth_train/recipes/default.toml"
+HEAL_CONFIG = replace(EXPECTED["retrofit_llama"], n_vocab=300, n_ctx=64)  # starts from random states
 CLOCKS = ("seconds", "cpu_seconds", "tokens_per_second")
 
 
@@ -85,6 +101,54 @@ def text_recipe(start: Path, text: Path, **values: Any) -> Recipe:
     head += "[evaluation]\nevery = 6\ndepths = [1, 2]\n"
     phases = (phase.format(name=name, mean=mean, lr=lr, text=text) for name, mean, lr in _PHASES)
     return replace(parse_recipe(head + "".join(phases)), **values)
+
+
+def heal_recipe(folder: Path, tokenizer: str) -> Recipe:
+    """Twelve steps in two phases on a text of 120 documents; both are written into the folder."""
+    rows = ({"text": f"the cat number {i} sat on the mat and ate {i % 7} oats"} for i in range(120))
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return text_recipe(start_folder(folder / "start", HEAL_CONFIG, tokenizer), folder / "text.jsonl")
+
+
+def text_of(recipe: Recipe) -> Path:
+    """The file that the first phase trains on."""
+    text = recipe.phases[0].text
+    assert text is not None
+    return Path(text.sources[0].path)
+
+
+def on_text(recipe: Recipe, **values: object) -> Recipe:
+    """The recipe with other settings of the text in all phases."""
+    plans = [(phase, phase.text) for phase in recipe.phases]
+    changed_phases = (replace(phase, text=replace(text, **values)) for phase, text in plans if text)  # type: ignore[arg-type]
+    return replace(recipe, phases=tuple(changed_phases))
+
+
+def toml(recipe: Recipe, path: Path, steps: int = 400) -> Path:
+    """A recipe file on the text of another, long enough to be killed in."""
+    path.write_text(f"""
+    seed = 0
+    batch_size = 4
+    save_every = 2
+    start = "{recipe.start}"
+    [evaluation]
+    every = 400
+    depths = [1]
+    [[phases]]
+    name = "heal"
+    steps = {steps}
+    [phases.depth]
+    mean = 2
+    backprop = 2
+    [phases.optimizer]
+    adamw_lr = 1e-3
+    [phases.text]
+    n_tokens = 32
+    shuffle_buffer = 8
+    [[phases.text.sources]]
+    path = "{text_of(recipe)}"
+    """)
+    return path
 
 
 _PHASES = (("heal", 2, 3e-3), ("target", 3, 1e-3))

@@ -23,7 +23,10 @@ _ROWS = 256  # questions run at a time
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One look at a model: mean loss of labelled positions by depth, and accuracy where there were questions."""
+    """One look at a model: mean loss of labelled positions by depth, and accuracy where there were questions.
+
+    Both are empty where nothing was labelled.
+    """
 
     loss: dict[int, float] = field(default_factory=dict)
     accuracy: Accuracy = field(default_factory=dict)
@@ -50,8 +53,11 @@ def evaluate(model: ReferenceModel, batches: Sequence[MicroBatch], depths: Seque
     outcomes: dict[tuple[str, int, int], list[bool]] = defaultdict(list)
     loss: dict[int, float] = dict.fromkeys(sorted(depths), 0.0)
     n_labels = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    if not n_labels:
+        return Evaluation()
+    device = model.token_embd.weight.device
     with torch.inference_mode():
-        for batch in batches:
+        for batch in (batch.to(device) for batch in batches):
             for depth, logits in _logits_by_depth(model, batch, depths):
                 targets = batch.labels[batch.labels != IGNORED]
                 loss[depth] += functional.cross_entropy(logits.float(), targets, reduction="sum").item() / n_labels

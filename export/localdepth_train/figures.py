@@ -248,7 +248,7 @@ def _mark_phases(axes: Axes, run: Run, axis: str) -> None:
 
 
 def _draw_drawn(axes: Axes, groups: Sequence[Group], looks: Mapping[str, Look]) -> None:
-    """Shares of sequences by depth, and where the draws' mean should lie: the planned mean and one."""
+    """Shares of sequences by depth, and where the mean of the draws should lie."""
     axes.set_title("Depths drawn")
     for group in groups:
         look, counts = looks[_label(group)], Counter[int]()
@@ -262,10 +262,10 @@ def _draw_drawn(axes: Axes, groups: Sequence[Group], looks: Mapping[str, Look]) 
             axes.stairs(shares, edges, fill=True, color=look.shaded(0.3).colour)
         else:
             axes.stairs(shares, edges, color=look.colour, linestyle=look.dashes, linewidth=1.1)
-        planned = np.mean([run.mean_depth.mean() for run in group.runs])
-        axes.axvline(planned + 1, color=look.colour, linewidth=1, linestyle=_EXPECTED)
-    expected = Line2D([], [], color=_INK, linewidth=1, linestyle=_EXPECTED, label="planned mean + 1")
-    axes.legend(handles=[expected], loc="upper right", borderaxespad=0)
+        expected = np.mean([run.expected_depth.mean() for run in group.runs])
+        axes.axvline(expected, color=look.colour, linewidth=1, linestyle=_EXPECTED)
+    line = Line2D([], [], color=_INK, linewidth=1, linestyle=_EXPECTED, label="expected mean")
+    axes.legend(handles=[line], loc="upper right", borderaxespad=0)
     axes.set_xlabel("depth")
     label_shares(axes)
 

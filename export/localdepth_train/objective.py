@@ -19,11 +19,9 @@ __all__ = [
     "attends",
     "decode",
     "divergence",
-    "labelled_logits",
     "loss",
     "right_rows",
     "run_passes",
-    "state_after",
 ]
 
 
@@ -73,20 +71,8 @@ def _columns(passes: Sequence[Passes], device: torch.device) -> Iterator[Tensor]
         yield torch.tensor(column, device=device)[:, None, None]
 
 
-def state_after(model: ReferenceModel, ids: Tensor, n_nograd: int, k_grad: int, state: Tensor | None = None) -> Tensor:
-    """State [B,T,E] after ``n_nograd`` passes without gradient and ``k_grad`` with, the same for all sequences."""
-    return run_passes(model, ids, [Passes(n_nograd, k_grad)] * len(ids), state)[1]
-
-
-def labelled_logits(
-    model: ReferenceModel, ids: Tensor, labels: Tensor, n_nograd: int, k_grad: int, state: Tensor | None = None
-) -> Tensor:
-    """Logits [N,V] of the positions of ids [B,T] whose label is not ``IGNORED``, in reading order."""
-    return decode(model, state_after(model, ids, n_nograd, k_grad, state), labels)
-
-
 def decode(model: ReferenceModel, s: Tensor, labels: Tensor, attend: Attend = causal_attention) -> Tensor:
-    """Logits [N,V] of the labelled positions of state s [B,T,E]."""
+    """Logits [N,V] of the positions of state s [B,T,E] whose label is not ``IGNORED``, in reading order."""
     shown = labels != IGNORED
     if model.config.n_coda:
         return model.head(model.run_coda(s, attend)[shown])
@@ -96,7 +82,7 @@ def decode(model: ReferenceModel, s: Tensor, labels: Tensor, attend: Attend = ca
 def loss(
     model: ReferenceModel, ids: Tensor, labels: Tensor, n_nograd: int, k_grad: int, state: Tensor | None = None
 ) -> Tensor:
-    """Mean cross entropy over the labels that are not ``IGNORED``.
+    """Mean cross entropy over the labels that are not ``IGNORED``, as published trainers compute it.
 
     Args:
         ids: [B,T] tokens.
@@ -105,7 +91,8 @@ def loss(
         k_grad: passes with gradient, after those.
         state: initial state [B,T,E]; zeros if None.
     """
-    logits = labelled_logits(model, ids, labels, n_nograd, k_grad, state)
+    _, s = run_passes(model, ids, [Passes(n_nograd, k_grad)] * len(ids), state)
+    logits = decode(model, s, labels)
     return functional.cross_entropy(logits.float(), labels[labels != IGNORED])
 
 
@@ -122,7 +109,7 @@ def divergence(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tens
 def right_rows(logits: Tensor, labels: Tensor) -> Tensor:
     """Which rows of labels [B,T] have the likeliest token right at every labelled position: [B] bool.
 
-    ``logits`` [N,V] as ``labelled_logits`` gives them.
+    ``logits`` [N,V] as ``decode`` gives them.
     """
     shown = labels != IGNORED
     right = ~shown

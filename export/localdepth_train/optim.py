@@ -5,15 +5,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from localdepth_train.team import WHOLE
 
 __all__ = ["Optimizers"]
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _OUTER = ("token_embd.", "output.")  # a row per token: orthogonalising mixes rows that never meet
 
 
@@ -47,12 +44,12 @@ class Optimizers:
             optimizer.zero_grad()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: by parameter name, whole, however many processes share the model."""
-        return get_optimizer_state_dict(self._model, self._optimizers, options=_WHOLE)
+        """What a checkpoint keeps, by parameter name."""
+        return get_optimizer_state_dict(self._model, self._optimizers, options=WHOLE)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Inverse of ``state``."""
-        set_optimizer_state_dict(self._model, self._optimizers, dict(state), options=_WHOLE)
+        set_optimizer_state_dict(self._model, self._optimizers, dict(state), options=WHOLE)
 
     @property
     def _optimizers(self) -> list[torch.optim.Optimizer]:

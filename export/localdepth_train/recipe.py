@@ -1,6 +1,7 @@
 """A training run as a TOML file: everything that decides the result, nothing else."""
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -25,6 +26,8 @@ __all__ = [
     "parse_recipe",
 ]
 
+_SEEDS = 1 << 32  # as many as torch tells apart
+
 
 class DrawPer(StrEnum):
     """What shares one draw of the depth."""
@@ -44,6 +47,12 @@ class StepsRecipe:
 
     def __post_init__(self) -> None:
         _check_counts("tasks.question_steps", start=self.start)
+        _check_above_zero("tasks.question_steps", mastered_weight=self.mastered_weight)
+        if not 0 < self.threshold < 1:
+            raise TrainError(
+                f"tasks.question_steps.threshold={self.threshold} must lie between 0 and 1, where an accuracy can "
+                "exceed it; give 0.9"
+            )
         if self.start > self.top:
             raise TrainError(f"question_steps.start={self.start} exceeds question_steps.top={self.top}")
 
@@ -71,6 +80,8 @@ class TasksRecipe:
             raise TrainError(f"tasks.families is empty; name some of {', '.join(FAMILIES)}")
         _check_shares("tasks", off_topic_share=self.off_topic_share, near_miss_share=self.near_miss_share)
         _check_counts("tasks", evaluate_questions=self.evaluate_questions)
+        if self.evaluate_steps is not None:
+            _check_counts("tasks", evaluate_steps=self.evaluate_steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +96,18 @@ class DepthRecipe:
     ramp_share: float = 0.0  # of the steps
     backprop_start: int = 1
     backprop_ramp_share: float = 0.0  # of the steps
-    follow_steps: bool = False  # never deeper on average than questions are long on average
+    follow_steps: bool = False  # a mean no deeper than questions may be long, averaged over their families
     fixed: bool = False  # always ``mean`` passes: no draw
 
     def __post_init__(self) -> None:
         _check_counts("depth", mean=self.mean, backprop=self.backprop, backprop_start=self.backprop_start)
         _check_shares("depth", ramp_share=self.ramp_share, backprop_ramp_share=self.backprop_ramp_share)
-        if self.sigma < 0:
-            raise TrainError(f"depth.sigma={self.sigma} must not be negative")
+        _check_not_negative("depth", sigma=self.sigma)
+        if self.ramp is not Ramp.NONE and not self.ramp_share:
+            raise TrainError(
+                f"depth.ramp={str(self.ramp)!r} has no steps to rise in, depth.ramp_share={self.ramp_share}; "
+                "give the share of the steps it takes"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,11 +122,13 @@ class OptimizerRecipe:
     cooldown: float = 0.0  # share of the steps
 
     def __post_init__(self) -> None:
+        _check_above_zero("optimizer", adamw_lr=self.adamw_lr, clip=self.clip)
+        _check_not_negative("optimizer", muon_lr=self.muon_lr, weight_decay=self.weight_decay)
         _check_shares("optimizer", warmup=self.warmup, cooldown=self.cooldown)
-        if self.adamw_lr <= 0 or self.muon_lr < 0 or self.clip <= 0:
+        if self.warmup + self.cooldown > 1:
             raise TrainError(
-                f"optimizer.adamw_lr={self.adamw_lr} and optimizer.clip={self.clip} must be above 0, "
-                f"optimizer.muon_lr={self.muon_lr} at least 0"
+                f"optimizer.warmup={self.warmup} and optimizer.cooldown={self.cooldown} are shares of the same steps; "
+                "give 1 at most together"
             )
 
 
@@ -122,8 +139,9 @@ class ObjectiveRecipe:
     Attributes:
         teacher: checkpoint of the untouched base, whose predictions are distilled.
         distillation: weight of KL(teacher || model) at ``temperature``, per labelled position.
-        consistency: weight of KL(all passes || the passes without gradient), both decoded; teaches every depth to
-            say what the deepest says. Counts where there are passes without gradient.
+        consistency: weight of KL(after all passes || half way through those with gradient), both decoded, per
+            labelled position; teaches the shallower to say what the deeper says. Counts where two passes or more
+            carry gradient.
     """
 
     teacher: str | None = None
@@ -132,11 +150,8 @@ class ObjectiveRecipe:
     consistency: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.distillation < 0 or self.consistency < 0 or self.temperature <= 0:
-            raise TrainError(
-                f"objective.distillation={self.distillation} and objective.consistency={self.consistency} must not be "
-                f"negative, objective.temperature={self.temperature} must be above 0"
-            )
+        _check_not_negative("objective", distillation=self.distillation, consistency=self.consistency)
+        _check_above_zero("objective", temperature=self.temperature)
         if (self.teacher is None) != (self.distillation == 0):
             raise TrainError(
                 f"objective.teacher={self.teacher!r} and objective.distillation={self.distillation} belong together; "
@@ -157,7 +172,7 @@ class Phase:
     optimizer: OptimizerRecipe
     tasks: TasksRecipe | None = None
     text: TextRecipe | None = None
-    objective: ObjectiveRecipe = ObjectiveRecipe()
+    objective: ObjectiveRecipe = field(default_factory=ObjectiveRecipe)
 
     def __post_init__(self) -> None:
         _check_counts(f"phase {self.name!r}:", steps=self.steps)
@@ -185,6 +200,7 @@ class Recipe:
     """One training run: a fresh model, or one to start from, and the phases it goes through.
 
     Attributes:
+        seed: of everything random, 0 to 2**32 - 1.
         batch_size: sequences of one optimiser step, over all micro-batches and processes.
         micro_batches: parts of that which are computed one after the other, each at its own depth.
         threads: micro-batches computed side by side, a thread each: small models gain; 1 leaves the threads to torch.
@@ -219,6 +235,8 @@ class Recipe:
             threads=self.threads,
             save_every=self.save_every,
         )
+        if not 0 <= self.seed < _SEEDS:
+            raise TrainError(f"seed={self.seed} must lie in 0..{_SEEDS - 1}")
         if self.micro_batches > self.batch_size:
             raise TrainError(f"micro_batches={self.micro_batches} exceeds batch_size={self.batch_size}")
         if (self.model is None) == (self.start is None):
@@ -282,6 +300,18 @@ def _check_shares(where: str, **values: float) -> None:
     for name, value in values.items():
         if not 0 <= value <= 1:
             raise TrainError(f"{_path(where, name)}={value} is a share; give 0 to 1")
+
+
+def _check_above_zero(where: str, **values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise TrainError(f"{_path(where, name)}={value} must be above 0 and finite")
+
+
+def _check_not_negative(where: str, **values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise TrainError(f"{_path(where, name)}={value} must be 0 or more and finite")
 
 
 def _path(where: str, name: str) -> str:

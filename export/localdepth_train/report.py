@@ -1,8 +1,7 @@
 """What the log of a training run says: its curves, and the numbers worth comparing.
 
 A run is a folder with ``log.jsonl``, one JSON object a line: optimiser steps have ``loss``, evaluations have
-``evaluation``, keys we do not know are ignored. The line a killed run did not finish is no part of the log, and the
-times of a run that went on later are added up.
+``evaluation``, keys we do not know are ignored. The line a killed run did not finish is no part of the log.
 """
 
 import json
@@ -72,9 +71,9 @@ class Run:
     Attributes:
         name: of the folder, with as many folders above it as tell several runs apart.
         at: by each of ``AXES``, how far the run had come.
-        mean_depth: the planned one; draws have one pass more on average.
+        expected_depth: what the depths drawn for a step are on average, as planned.
         drawn: by depth, how many sequences were drawn with it, over all steps.
-        seconds: wall time of all parts of the run together.
+        seconds: wall time, of all parts of a run that was stopped together.
         phases: names in order, each with the index of its first logged step.
         evaluated: by metric, where there is one.
     """
@@ -83,7 +82,7 @@ class Run:
     folder: Path
     at: Mapping[str, F64]
     loss: F64
-    mean_depth: F64
+    expected_depth: F64
     tokens_per_second: F64
     drawn: Mapping[int, int]
     seconds: float
@@ -145,10 +144,10 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         folder=path,
         at=_progress(steps),
         loss=_column(steps, "loss"),
-        mean_depth=_column(steps, "mean_depth"),
+        expected_depth=_column(steps, "expected_depth"),
         tokens_per_second=_column(steps, "tokens_per_second"),
         drawn=_drawn(steps),
-        seconds=_wall_seconds(_column(lines, "seconds")),
+        seconds=float(np.fmax.reduce(_column(lines, "seconds"))),  # NaN where a record has none
         phases=_phases(steps),
         evaluated={metric: found for metric in METRICS if (found := _measured(evaluations, metric))},
     )
@@ -266,13 +265,6 @@ def _drawn(steps: Iterable[_Line]) -> dict[int, int]:
         for depth, n in line.by_depth(line.record.get("depths", {})).items():
             counts[depth] += int(n)
     return dict(sorted(counts.items()))
-
-
-def _wall_seconds(seconds: F64) -> float:
-    """The clock starts at 0 whenever a run goes on: the sum of where each part of it ended."""
-    said = seconds[~np.isnan(seconds)]
-    restarts = np.flatnonzero(said[1:] < said[:-1])
-    return float(said[restarts].sum() + said[-1]) if len(said) else np.nan
 
 
 def _phases(steps: Sequence[_Line]) -> tuple[tuple[str, int], ...]:

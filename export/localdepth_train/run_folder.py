@@ -1,7 +1,7 @@
 """The folder of one training run.
 
-``state.pt`` is all it takes to go on, replaced in one step, the one before it kept as ``state.previous.pt``;
-``log.jsonl`` has one record a line; ``checkpoint/`` is the model in our own layout, written at the end.
+``state.pt`` is all it takes to go on, ``state.previous.pt`` the one saved before it; ``log.jsonl`` has one record a
+line; ``checkpoint/`` is the model in our own layout, written at the end. Whoever writes holds the lock on ``.lock``.
 """
 
 import json
@@ -9,11 +9,12 @@ import logging
 import os
 import pickle
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from filelock import FileLock, Timeout
 
 from localdepth.errors import StorageError, TrainError
 
@@ -21,28 +22,45 @@ __all__ = ["RunFolder"]
 
 log = logging.getLogger(__name__)
 
-_KEYS = {"recipe", "step", "tokens", "flops", "loss", "model", "optimizers", "source"}
+_CLOCKS = {"seconds": time.monotonic, "cpu_seconds": time.process_time}
+_KEYS = {"settings", "step", "tokens", "flops", "loss", "model", "optimizers", "source", *_CLOCKS}
 
 
 class RunFolder:
-    """Reads and writes one run's folder, which is made if need be.
+    """Reads and writes one run's folder, which is made if need be; as a context, no other run writes there meanwhile.
 
     Args:
         writes: this process does; others of the same run only read.
     Raises:
-        StorageError: when it cannot be made or written.
-        TrainError: when what it holds cannot be read.
+        StorageError: when it cannot be made, locked or written.
+        TrainError: when another run has it, or what it holds cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str], writes: bool = True) -> None:
         self.path, self._writes = Path(path), writes
         self._state, self._previous = self.path / "state.pt", self.path / "state.previous.pt"
-        self._log = self.path / "log.jsonl"
-        self._begun = time.monotonic(), time.process_time()
+        self._log, self._lock = self.path / "log.jsonl", FileLock(self.path / ".lock")
+        self._is_sound = False  # state.pt, as far as this object knows
+        self._begun = {name: clock() for name, clock in _CLOCKS.items()}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"cannot make the run folder {self.path}: {error}") from error
+
+    def __enter__(self) -> Self:
+        try:
+            if self._writes:
+                self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise TrainError(
+                f"another run is going on in {self.path}; wait until it ends, or give a new folder"
+            ) from error
+        except OSError as error:
+            raise StorageError(f"cannot lock the run folder {self.path}: {error}; give another place") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
     @property
     def checkpoint(self) -> Path:
@@ -57,24 +75,32 @@ class RunFolder:
         saved = [file for file in (self._state, self._previous) if file.exists()]
         for file in saved:
             try:
-                return _read(file)
+                state = _read(file)
             except TrainError as error:
                 if file is saved[-1]:
                     raise
-                log.warning("%s; going on from the state saved before it", error)
+                if self._writes:
+                    log.warning("%s; going on from the state saved before it", error)
+            else:
+                self._is_sound = file is self._state
+                self._begun = {name: clock() - state[name] for name, clock in _CLOCKS.items()}
+                return state
         return None
 
     def write_state(self, state: Mapping[str, Any]) -> None:
-        """Replace the saved state; a kill or a full disk leaves the old one or the new one."""
+        """Save ``state`` as ``state.pt``; what was there becomes ``state.previous.pt`` if it is known to be sound.
+
+        The new one is complete before either is moved, so a kill or a full disk leaves one that can be read.
+        """
         if not self._writes:
             return
         partial = self.path / "state.pt.partial"
         try:
             with partial.open("wb") as file:
-                torch.save(dict(state), file)
+                torch.save({**state, **self._times()}, file)
                 file.flush()
                 os.fsync(file.fileno())
-            if self._state.exists():
+            if self._is_sound and self._state.exists():
                 os.replace(self._state, self._previous)
             os.replace(partial, self._state)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as either
@@ -82,37 +108,58 @@ class RunFolder:
             raise StorageError(
                 f"cannot save the run in {self.path}: {error}; the state saved before is kept, make room and go on"
             ) from error
+        self._is_sound = True
 
     def rewind_log(self, step: int) -> None:
-        """Drop what a killed run logged after ``step``."""
+        """Cut off what a killed run logged after ``step``."""
         if not self._writes:
             return
         try:
-            text = self._log.read_text(encoding="utf-8") if self._log.exists() else ""
-            lines = text[: text.rfind("\n") + 1].splitlines()  # a killed run may leave a torn last line
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-        except (ValueError, KeyError, TypeError) as error:
-            raise TrainError(f"{self._log} holds a line that is no record: {error}; remove the folder") from error
-        self._log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            written = self._log.read_bytes() if self._log.exists() else b""
+            kept = sum(map(len, self._until(step, written)))
+            if kept < len(written):
+                os.truncate(self._log, kept)
+        except OSError as error:
+            raise StorageError(
+                f"cannot rewind {self._log} to step {step}: {error}; the saved state is kept, make it writable"
+            ) from error
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Append a record, with wall and processor time since this object was made."""
+    def _until(self, step: int, written: bytes) -> Iterator[bytes]:
+        """The lines of a log up to ``step``; a killed run may have left half a line at the end."""
+        for number, line in enumerate(written.splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                is_later = json.loads(line)["step"] > step
+            except (ValueError, KeyError, TypeError) as error:
+                raise TrainError(
+                    f"{self._log}, line {number} is no record: {error!r}; remove the line, the saved state is kept"
+                ) from error
+            if is_later:
+                return
+            yield line
+
+    def log(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Append a record; returns it with wall and processor time of all parts of the run together."""
+        timed = {**record, **self._times()}
         if not self._writes:
-            return
-        wall, cpu = self._begun
-        times = {"seconds": round(time.monotonic() - wall, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
+            return timed
         try:
             with self._log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**record, **times}) + "\n")
+                file.write(json.dumps(timed) + "\n")
         except OSError as error:
             raise StorageError(f"cannot write {self._log}: {error}; the last saved state is kept") from error
+        return timed
+
+    def _times(self) -> dict[str, float]:
+        return {name: round(clock() - self._begun[name], 1) for name, clock in _CLOCKS.items()}
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(file, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise TrainError(f"cannot read {file}: {error}; remove the folder to start over") from error
+        raise TrainError(f"cannot read {file}: {error}; give a new folder to start over") from error
     if not isinstance(state, dict) or not set(state) >= _KEYS:
-        raise TrainError(f"{file} is not the state of a run; remove the folder to start over")
+        raise TrainError(f"{file} is not a state that this version saves; give a new folder to start over")
     return state

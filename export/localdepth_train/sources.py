@@ -38,8 +38,8 @@ class Source(Protocol):
         """Note how the model did on each question (family, steps) of a micro-batch, over all processes."""
 
     @property
-    def mean_steps(self) -> float | None:
-        """How long questions are on average; None where there are none."""
+    def mean_level(self) -> float | None:
+        """How long questions may be, averaged over their families; None where there are none."""
 
     def evaluate(self, model: ReferenceModel, depths: Sequence[int]) -> Evaluation:
         """Judge a model on held-out data, the same every time."""
@@ -52,7 +52,11 @@ class Source(Protocol):
 
 
 def open_source(recipe: Recipe, phase: Phase, start: Start, rank: int, size: int) -> Source:
-    """The source of a phase, for one of ``size`` processes."""
+    """The source of a phase, for one of ``size`` processes; little is read before the first batch.
+
+    Raises:
+        TrainError: when the data cannot be opened, or do not fit the model or the number of processes.
+    """
     kind = TextSource if phase.tasks is None else QuestionSource
     return kind(recipe, phase, start, rank, size)
 
@@ -62,6 +66,8 @@ class QuestionSource:
 
     def __init__(self, recipe: Recipe, phase: Phase, start: Start, rank: int, size: int) -> None:
         assert phase.tasks is not None
+        if size > 1:
+            _rows_each(recipe, size)
         self._recipe, self._tasks, self._share = recipe, phase.tasks, (rank, size)
         tokenizer = start.tokenizer
         self._train, self._judge = Encoder(tokenizer, dense=phase.tasks.dense), Encoder(tokenizer, dense=False)
@@ -71,7 +77,7 @@ class QuestionSource:
         )
 
     @property
-    def mean_steps(self) -> float:
+    def mean_level(self) -> float:
         return self.curriculum.mean_level
 
     def draw(self, step: int) -> list[MicroBatch]:
@@ -100,20 +106,21 @@ class QuestionSource:
 class TextSource:
     """Packed rows of documents."""
 
-    mean_steps = None
+    mean_level = None
 
     def __init__(self, recipe: Recipe, phase: Phase, start: Start, rank: int, size: int) -> None:
         assert phase.text is not None
         if recipe.start is None:
             raise TrainError("text needs a tokenizer: give start, a checkpoint folder that has one")
-        whole = recipe.micro_batches * size
-        if recipe.batch_size % whole:
+        config = start.model.config
+        if phase.text.n_tokens > config.n_ctx:
             raise TrainError(
-                f"batch_size={recipe.batch_size} must be a multiple of micro_batches x processes = {whole} for text"
+                f"phase {phase.name!r}: text.n_tokens={phase.text.n_tokens} exceeds the model's n_ctx={config.n_ctx}; "
+                f"give {config.n_ctx} at most"
             )
-        self._rows, self._parts = recipe.batch_size // whole, recipe.micro_batches
+        self._rows, self._parts = _rows_each(recipe, size), recipe.micro_batches
         self._text = phase.text
-        self._tokenizer = DocumentTokenizer.from_folder(recipe.start, start.model.config.n_vocab)
+        self._tokenizer = DocumentTokenizer.from_folder(recipe.start, config.n_vocab)
         self._stream = TextStream(phase.text, self._tokenizer, seed=recipe.seed, rank=rank, world=size)
 
     def draw(self, step: int) -> list[MicroBatch]:
@@ -142,3 +149,15 @@ class TextSource:
             for name in ("ids", "labels", "documents")
         )
         return MicroBatch(ids, labels, documents if self._text.isolate else None)
+
+
+def _rows_each(recipe: Recipe, size: int) -> int:
+    """Rows of a micro-batch for each of ``size`` processes."""
+    whole = recipe.micro_batches * size
+    n_rows, rest = divmod(recipe.batch_size, whole)
+    if rest:
+        raise TrainError(
+            f"batch_size={recipe.batch_size} must be a multiple of micro_batches x processes = {whole}; "
+            f"give {whole * (n_rows + 1)}"
+        )
+    return n_rows

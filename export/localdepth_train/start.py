@@ -1,21 +1,25 @@
 """What a run starts from: a fresh model, or a checkpoint, with its tokenizer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
 from localdepth.config import ModelConfig
-from localdepth.errors import CheckpointError, TrainError
+from localdepth.errors import TrainError
 from localdepth_train.checkpoint import Checkpoint
+from localdepth_train.checkpoint.layouts import LayoutName, recognise
+from localdepth_train.checkpoint.parts import Layout
 from localdepth_train.checkpoint.plain import recognise_plain
 from localdepth_train.recipe import Recipe
 from localdepth_train.reference import ReferenceModel
 from localdepth_train.reference_engine import load_reference
 from localdepth_train.tasks.vocabulary import tokenizer_files, train_tokenizer
 
-__all__ = ["Start", "open_checkpoint"]
+__all__ = ["Start", "open_checkpoint", "trained_at"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +55,24 @@ def open_checkpoint(path: str) -> Checkpoint:
     Raises:
         CheckpointError: for a folder that is neither.
     """
-    try:
-        return Checkpoint(path, recognise_plain)
-    except CheckpointError:
-        return Checkpoint(path)
+    return Checkpoint(path, _recognise)
+
+
+def trained_at(config: ModelConfig, mean_depth: int) -> ModelConfig:
+    """What a model is after training at ``mean_depth``: that is its default, and lies within its range."""
+    return replace(
+        config,
+        default_depth=mean_depth,
+        max_depth=max(config.max_depth, 2 * mean_depth),
+        auto_min_depth=min(config.auto_min_depth, mean_depth),
+        trained_mean_depth=float(mean_depth),
+    )
+
+
+def _recognise(record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> Layout:
+    """By the model type, so that whatever is refused is refused for its own reason."""
+    is_looped = record.get("model_type") in [name.model_type for name in LayoutName]
+    return recognise(record, shapes, path) if is_looped else recognise_plain(record, shapes, path)
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> Start:

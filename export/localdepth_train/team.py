@@ -11,15 +11,19 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from localdepth_train.reference import Block
 
-__all__ = ["Alone", "Loss", "Team", "Together", "open_team"]
+__all__ = ["WHOLE", "Alone", "Loss", "Team", "Together", "is_first", "open_team"]
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # however many processes share the model
 
 T = TypeVar("T")
 Loss = Callable[[nn.Module, T], tuple[Tensor, list[bool]]]  # of one job, with what it found right
+_Part = tuple[float, list[bool], tuple[Tensor | None, ...]]  # the same, with its gradients
 
 
 class Team(Protocol):
@@ -44,7 +48,7 @@ class Team(Protocol):
         """Parts of a prepared model can be called meanwhile, by all processes."""
 
     def gradients(self, model: nn.Module, loss: Loss[T], jobs: Sequence[T]) -> list[tuple[float, list[bool]]]:
-        """Set ``grad`` of every parameter to that of the losses summed over all jobs of all processes.
+        """Add to ``grad`` of every parameter that of the losses summed over all jobs of all processes.
 
         Returns this process's losses and outcomes, by job.
         """
@@ -53,7 +57,8 @@ class Team(Protocol):
 class Alone:
     """One process; with several threads it computes as many jobs side by side, a torch thread each.
 
-    Sums are taken in the order of the jobs, so threads change nothing but the time.
+    Gradients are added up from the last job to the first, as they come, so threads change nothing but the time. One
+    thread keeps one job's beside the sum, several also those that wait for their turn.
     """
 
     rank, size = 0, 1
@@ -76,17 +81,21 @@ class Alone:
     def gradients(self, model: nn.Module, loss: Loss[T], jobs: Sequence[T]) -> list[tuple[float, list[bool]]]:
         parameters = list(model.parameters())
 
-        def part(job: T) -> tuple[float, list[bool], tuple[Tensor | None, ...]]:
+        def part(job: T) -> _Part:
             value, right = loss(model, job)
             return value.item(), right, torch.autograd.grad(value, parameters, allow_unused=True)
 
+        def add(part: _Part) -> tuple[float, list[bool]]:
+            value, right, gradients = part
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            return value, right
+
         last_first = jobs[::-1]  # the longest are last, and one thread would end up alone with them
         with ThreadPoolExecutor(self._threads) if self._threads > 1 else nullcontext() as pool:
-            parts = list(pool.map(part, last_first) if pool else map(part, last_first))[::-1]
-        for parameter, *gradients in zip(parameters, *(gradient for _, _, gradient in parts), strict=True):
-            known = [gradient for gradient in gradients if gradient is not None]
-            parameter.grad = sum(known[1:], start=known[0]) if known else None
-        return [(value, right) for value, right, _ in parts]
+            parts = pool.map(part, last_first) if pool else map(part, last_first)
+            return list(map(add, parts))[::-1]
 
 
 class Together:
@@ -133,7 +142,7 @@ class Together:
         for i, job in enumerate(jobs):
             with self._adding(model, last=i == len(jobs) - 1):
                 value, right = loss(model, job)
-                self._accelerator.backward(value * self.size)  # what processes have is averaged, not added
+                (value * self.size).backward()  # what processes have is averaged, not added
                 parts.append((value.item(), right))
         return parts
 
@@ -145,10 +154,20 @@ class Together:
         return nullcontext() if last else self._accelerator.no_sync(model)
 
 
+def is_first() -> bool:
+    """Whether this process is the first, or the only one, of those that were started together."""
+    return _n_processes() == 1 or int(os.environ["RANK"]) == 0
+
+
 def open_team(threads: int, shard: bool) -> Team:
     """The processes that ``accelerate launch`` or ``torchrun`` started, or this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _n_processes() == 1:
         return Alone(threads)
     from accelerate import Accelerator  # takes seconds to import
 
-    return Together(Accelerator(cpu=not torch.cuda.is_available()), shard)
+    # autocast is ours: what `accelerate config` wrote once must not decide what a recipe computes
+    return Together(Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no"), shard)
+
+
+def _n_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from localdepth.config import ModelConfig
+from localdepth.errors import TrainError
+from localdepth_train.checkpoint import Checkpoint
 from localdepth_train.data import MicroBatch
 from localdepth_train.depth_sampler import Passes
 from localdepth_train.objective import attends, decode, divergence, right_rows, run_passes
@@ -15,7 +18,7 @@ from localdepth_train.reference_engine import load_reference
 from localdepth_train.start import open_checkpoint
 from localdepth_train.text.packing import IGNORED
 
-__all__ = ["Job", "Objective"]
+__all__ = ["Job", "Objective", "open_teacher"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,8 @@ class Objective(nn.Module):
 
     def pursue(self, recipe: ObjectiveRecipe) -> None:
         """Train for these terms from now on."""
-        teacher = None if recipe.teacher is None else load_reference(open_checkpoint(recipe.teacher))
+        checkpoint = open_teacher(recipe, self.model.config)
+        teacher = None if checkpoint is None else load_reference(checkpoint)
         self._recipe = recipe
         self._teacher = (teacher,)  # hidden from the module: its weights are not trained
 
@@ -62,3 +66,21 @@ class Objective(nn.Module):
                 wanted = decode(teacher, taught, batch.labels, attend)
             loss = loss + recipe.distillation * divergence(logits, wanted, recipe.temperature)
         return loss / job.n_labels, right_rows(logits, batch.labels)
+
+
+def open_teacher(recipe: ObjectiveRecipe, config: ModelConfig) -> Checkpoint | None:
+    """The checkpoint a model learns from, its weights still unread; None where there is none.
+
+    Raises:
+        TrainError: when it knows other tokens than the model.
+        CheckpointError: for a folder that is no checkpoint.
+    """
+    if recipe.teacher is None:
+        return None
+    teacher = open_checkpoint(recipe.teacher)
+    if teacher.config.n_vocab != config.n_vocab:
+        raise TrainError(
+            f"objective.teacher={recipe.teacher!r} has n_vocab={teacher.config.n_vocab}, the model {config.n_vocab}; "
+            "name the base that the model was made from"
+        )
+    return teacher

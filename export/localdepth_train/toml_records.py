@@ -1,5 +1,6 @@
 """Frozen dataclasses from TOML tables: no unknown key, none missing that has no default, every value of its type."""
 
+import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -7,7 +8,7 @@ from enum import StrEnum
 from types import GenericAlias, NoneType, UnionType
 from typing import Any, TypeVar
 
-from localdepth.errors import ConfigError, TrainError
+from localdepth.errors import ConfigError, DepthError, TrainError
 
 __all__ = ["parse"]
 
@@ -25,7 +26,7 @@ def parse(kind: type[T], text: str, name: str) -> T:
         return _record(kind, tomllib.loads(text), "")
     except tomllib.TOMLDecodeError as error:
         raise TrainError(f"{name} is not valid TOML: {error}") from error
-    except (ConfigError, TrainError) as error:
+    except (ConfigError, DepthError, TrainError) as error:
         raise TrainError(f"{name}: {error}") from error
 
 
@@ -54,8 +55,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         if value not in list(kind):
             raise TrainError(f"{where}={value!r} is not one of {', '.join(kind)}")
         return kind(value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
+    if type(value) is not kind and (kind, type(value)) != (float, int):
         raise TrainError(f"{where}={value!r} must be of type {kind.__name__}")
-    return value
+    if kind is float and not abs(value) <= sys.float_info.max:  # nor NaN
+        raise TrainError(f"{where}={value!r:.40} must be a finite number")
+    return kind(value)

@@ -4,21 +4,19 @@ Everything random is a function of the recipe's seed and the step, so a run that
 bit for bit where an undisturbed one does.
 """
 
-import hashlib
-import json
 import math
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from localdepth.config import StateInit
@@ -26,22 +24,21 @@ from localdepth.errors import TrainError
 from localdepth_train.checkpoint import save
 from localdepth_train.curriculum import backprop_depth_at, lr_multiplier, mean_depth_at
 from localdepth_train.data import MicroBatch
-from localdepth_train.depth_sampler import Passes, sample_each, sample_passes, seeded
+from localdepth_train.depth_sampler import Passes, expected_depth, numbered, sample_rows, seeded
 from localdepth_train.evaluation import Evaluation
 from localdepth_train.flops import Flops
 from localdepth_train.optim import Optimizers
-from localdepth_train.recipe import DrawPer, Recipe
+from localdepth_train.recipe import Recipe
 from localdepth_train.reference import Block
+from localdepth_train.resuming import changes, settings_of
 from localdepth_train.run_folder import RunFolder
 from localdepth_train.sources import open_source
-from localdepth_train.start import Start
-from localdepth_train.team import open_team
-from localdepth_train.terms import Job, Objective
+from localdepth_train.start import Start, trained_at
+from localdepth_train.team import WHOLE, is_first, open_team
+from localdepth_train.terms import Job, Objective, open_teacher
 from localdepth_train.text.packing import IGNORED
 
 __all__ = ["Report", "Trainer", "train"]
-
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # however many processes share the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,63 +67,79 @@ def train(
 
     Args:
         until: stop after this step with everything saved; None runs to the recipe's end.
-        on_record: sees every record of the log as it is written, for progress.
+        on_record: sees every record as it was logged, for progress; of several processes in the first alone.
         should_stop: asked after every step; once true, the run is saved and ends early, to be gone on with.
     Raises:
-        TrainError: when the folder belongs to another recipe, or the loss is no longer a number.
+        TrainError: when the recipe cannot be run, the folder holds or is used by another run, or the loss is no
+            longer a number.
+        CheckpointError: for a start or a teacher that is no checkpoint.
         StorageError: when the folder cannot be written; the last saved state is kept.
     """
-    trainer = Trainer(recipe)
-    run = RunFolder(folder, writes=trainer.team.rank == 0)
-    if state := run.read_state():
-        trainer.restore(state)
-    run.rewind_log(trainer.step)
+    with RunFolder(folder, writes=is_first()) as run:
+        trainer = Trainer(recipe, run.read_state())
+        run.rewind_log(trainer.step)
 
-    def tell(record: Mapping[str, Any]) -> None:
-        run.log(record)
-        on_record(record)
+        def tell(record: Mapping[str, Any]) -> None:
+            logged = run.log({**trainer.position, **record})
+            if is_first():
+                on_record(logged)
 
-    evaluation = None
-    last = recipe.steps if until is None else min(until, recipe.steps)
-    stopped = False
-    while trainer.step < last and not stopped:
-        record = trainer.advance()
-        tell(record)
-        if trainer.step % recipe.evaluation.every == 0 or trainer.ends_phase:
-            evaluation = trainer.evaluate()
-            tell({**trainer.position, "evaluation": evaluation.record()})
-        stopped = any(trainer.team.gather(should_stop()))
-        if trainer.step % recipe.save_every == 0 or trainer.step == last or stopped:
-            run.write_state(trainer.state())
-    done = trainer.step == recipe.steps
-    return Report(trainer.step, trainer.loss, evaluation, trainer.export(run.checkpoint) if done else None)
+        if trainer.changed:
+            tell({"changed": trainer.changed})
+        evaluation = None
+        last = recipe.steps if until is None else min(until, recipe.steps)
+        stopped = False
+        while trainer.step < last and not stopped:
+            tell(trainer.advance())
+            is_due = trainer.step % recipe.evaluation.every == 0 or trainer.ends_phase
+            if is_due and (found := trainer.evaluate()).loss:
+                evaluation = found
+                tell({"evaluation": evaluation.record()})
+            stopped = any(trainer.team.gather(should_stop()))
+            if trainer.step % recipe.save_every == 0 or trainer.ends_phase or trainer.step == last or stopped:
+                run.write_state(trainer.state())
+        done = trainer.step == recipe.steps
+        return Report(trainer.step, trainer.loss, evaluation, trainer.export(run.checkpoint) if done else None)
 
 
 class Trainer:
-    """A model in training and everything that changes with it."""
+    """A model in training and everything that changes with it.
 
-    def __init__(self, recipe: Recipe) -> None:
+    Args:
+        state: what ``state`` gave, to go on from; None begins.
+    Attributes:
+        changed: settings that are not those of ``state``, by name: what they were and what they are.
+    Raises:
+        TrainError: when model, data, processes or ``state`` do not fit the recipe, that of any phase.
+        CheckpointError: for a start or a teacher that is no checkpoint.
+    """
+
+    def __init__(self, recipe: Recipe, state: Mapping[str, Any] | None = None) -> None:
         self.recipe, self.team = recipe, open_team(recipe.threads, recipe.shard)
         self._ends = list(accumulate(phase.steps for phase in recipe.phases))  # step after which each phase is over
-        self.step = self.n_tokens = 0
-        self.flops, self.loss = 0.0, math.nan  # the last step's
         self._start = Start.of(recipe)
         self.model, self.tokenizer = self._start.model.to(self.team.device), self._start.tokenizer
-        if recipe.batch_size % (recipe.micro_batches * self.team.size) and self.team.size > 1:
-            raise TrainError(
-                f"batch_size={recipe.batch_size} must be a multiple of micro_batches x processes = "
-                f"{recipe.micro_batches * self.team.size}"
-            )
+        config, rank, size = self.model.config, self.team.rank, self.team.size
+        self._settings = settings_of(recipe, config)
+        self.changed = {} if state is None else changes(state["settings"], self._settings)
         for depth in recipe.evaluation.depths:
-            self.model.config.check_depth(depth, measure=True)
-        self._cost = Flops.of(self.model.config)
+            config.check_depth(depth, measure=True)
+        for phase in recipe.phases:
+            open_teacher(phase.objective, config)  # here, not when its phase begins
+        self._sources = [open_source(recipe, phase, self._start, rank, size) for phase in recipe.phases]
+        self._cost = Flops.of(config)
         if recipe.compile:
             for module in self.model.modules():
                 if isinstance(module, Block):
                     module.compile()
         self._terms = Objective(self.model, recipe.recompute)
         self.objective = self.team.prepare(self._terms)
-        self._enter(0)
+        self.step = self.n_tokens = 0
+        self.flops, self.loss = 0.0, math.nan  # the last step's
+        if state is None:
+            self._enter(0)
+        else:
+            self._restore(state)
 
     @property
     def ends_phase(self) -> bool:
@@ -145,17 +158,11 @@ class Trainer:
             TrainError: when the loss is no longer a number.
         """
         began = time.perf_counter()
-        if self.step in self._ends:
+        if self.ends_phase:
             self._enter(self._ends.index(self.step) + 1)
         at, phase, plan = self.step - self._begin, self._phase, self._phase.optimizer
         mean_depth, backprop = self._depths(at)
-        batches = [batch.to(self.team.device) for batch in self.source.draw(self.step)]
-        passes = [self._draw_passes(mean_depth, backprop, i, len(batch.ids)) for i, batch in enumerate(batches)]
-        n_labels = sum(self.team.gather(sum(int((batch.labels != IGNORED).sum()) for batch in batches)))
-        jobs = [
-            Job(batch, *drawn, self._draw_state(i, batch), n_labels)
-            for i, (batch, drawn) in enumerate(zip(batches, passes, strict=True))
-        ]
+        jobs = self._draw_jobs(mean_depth, backprop)
         parts = self.team.gradients(self.objective, self._loss, jobs)
         loss = sum(self.team.gather(sum(value for value, _ in parts)))
         clipped = nn.utils.clip_grad_norm_(self.objective.parameters(), plan.clip)
@@ -163,7 +170,8 @@ class Trainer:
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise TrainError(
                 f"loss={loss}, gradient_norm={norm} at step {self.step + 1}; lower the learning rates of phase "
-                f"{phase.name!r}, muon_lr={plan.muon_lr} and adamw_lr={plan.adamw_lr}; the last saved state is kept"
+                f"{phase.name!r}, muon_lr={plan.muon_lr} and adamw_lr={plan.adamw_lr}, and go on from the last saved "
+                "state"
             )
         factor = lr_multiplier(at, phase.steps, plan.warmup, plan.cooldown)
         self.optimizers.step(factor)
@@ -174,6 +182,7 @@ class Trainer:
             **self.position,
             "loss": loss,
             "mean_depth": mean_depth,
+            "expected_depth": expected_depth(phase.depth, mean_depth),
             "backprop_depth": backprop,
             "depths": {str(depth): n for depth, n in sorted(depths.items())},
             "lr": factor,
@@ -189,55 +198,39 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Everything it takes to go on."""
         return {
-            "recipe": _fingerprint(self.recipe),
+            "settings": self._settings,
             **self.position,
             "loss": self.loss,
-            "model": get_model_state_dict(self.model, options=_WHOLE),
+            "model": get_model_state_dict(self.model, options=WHOLE),
             "optimizers": self.optimizers.state(),
             "source": self.source.state(),
         }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``.
-
-        Raises:
-            TrainError: when it belongs to another recipe.
-        """
-        if state["recipe"] != _fingerprint(self.recipe):
-            raise TrainError("the folder holds a run of another recipe; give a new folder or the recipe it began with")
-        self.step, self.n_tokens, self.flops, self.loss = (state[name] for name in ("step", "tokens", "flops", "loss"))
-        set_model_state_dict(self.model, state["model"], options=_WHOLE)
-        self._enter(next(i for i, end in enumerate(self._ends) if self.step <= end))
-        self.optimizers.restore(state["optimizers"])
-        self.source.restore(state["source"])
 
     def export(self, path: Path) -> Path:
         """Write the model as a checkpoint in our own layout, float32, tokenizer included.
 
         One that started from a checkpoint gets the depth it was trained for as its default.
         """
-        weights = cast(dict[str, Tensor], get_model_state_dict(self.model, options=_WHOLE))  # by all, for the first
-        config, mean = self.model.config, self._phase.depth.mean
+        weights = cast(dict[str, Tensor], get_model_state_dict(self.model, options=WHOLE))  # by all, for the first
+        config = self.model.config
         if self.recipe.start is not None:
-            deepest = max(config.max_depth, 2 * mean)
-            least = min(config.auto_min_depth, mean)
-            config = replace(
-                config,
-                default_depth=mean,
-                max_depth=deepest,
-                auto_min_depth=least,
-                trained_mean_depth=float(mean),
-            )
+            config = trained_at(config, self._phase.depth.mean)
         if self.team.rank == 0:
             save(path, config, {name: tensor.numpy() for name, tensor in weights.items()}, self._start.files)
         self.team.gather(None)  # it is there when any process says so
         return path
 
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.step, self.n_tokens, self.flops, self.loss = (state[name] for name in ("step", "tokens", "flops", "loss"))
+        set_model_state_dict(self.model, state["model"], options=WHOLE)
+        self._enter(next(i for i, end in enumerate(self._ends) if self.step <= end))
+        self.optimizers.restore(state["optimizers"])
+        self.source.restore(state["source"])
+
     def _enter(self, index: int) -> None:
         """Begin a phase: its data, a fresh optimiser."""
         self._phase, self._begin = self.recipe.phases[index], [0, *self._ends][index]
-        team, plan = self.team, self._phase.optimizer
-        self.source = open_source(self.recipe, self._phase, self._start, team.rank, team.size)
+        self.source, plan = self._sources[index], self._phase.optimizer
         self._terms.pursue(self._phase.objective)
         self.optimizers = Optimizers(self.model, plan.muon_lr, plan.adamw_lr, plan.weight_decay)
 
@@ -245,20 +238,25 @@ class Trainer:
         """Mean depth and backprop depth of step ``at`` of the phase."""
         plan, steps = self._phase.depth, self._phase.steps
         mean = mean_depth_at(at, steps, plan.mean, plan.ramp, plan.ramp_share)
-        if plan.follow_steps and self.source.mean_steps is not None:
-            mean = min(mean, max(1, round(self.source.mean_steps)))
+        if plan.follow_steps and self.source.mean_level is not None:
+            mean = min(mean, max(1, round(self.source.mean_level)))
         return mean, backprop_depth_at(at, steps, mean, plan.backprop, plan.backprop_start, plan.backprop_ramp_share)
+
+    def _draw_jobs(self, mean_depth: int, backprop: int) -> list[Job]:
+        """The micro-batches of this process, with passes and s_0 of their rows."""
+        batches = [batch.to(self.team.device) for batch in self.source.draw(self.step)]
+        n_labels = sum(self.team.gather(sum(int((batch.labels != IGNORED).sum()) for batch in batches)))
+        jobs = []
+        for i, batch in enumerate(batches):
+            mine, others = self._draw_passes(mean_depth, backprop, i, len(batch.ids))
+            jobs.append(Job(batch, mine, others, self._draw_state(i, batch), max(1, n_labels)))
+        return jobs
 
     def _draw_passes(self, mean_depth: int, backprop: int, part: int, n: int) -> tuple[list[Passes], list[Passes]]:
         """Passes of this process's ``n`` rows of micro-batch ``part``, and of the rows of others."""
-        plan, rank, size = self._phase.depth, self.team.rank, self.team.size
-        generator = seeded(self._data_step(part))
-        if plan.fixed:
-            drawn = [Passes(max(mean_depth - backprop, 0), min(mean_depth, backprop))] * n * size
-        elif plan.per is DrawPer.BATCH:
-            drawn = [sample_passes(mean_depth, backprop, generator, plan.sigma)] * n * size
-        else:
-            drawn = sample_each(n * size, mean_depth, backprop, generator, plan.sigma)
+        rank, size = self.team.rank, self.team.size
+        generator = seeded(self._data_step(part), self.recipe.seed)
+        drawn = sample_rows(self._phase.depth, n * size, mean_depth, backprop, generator)
         return drawn[rank::size], [one for i, one in enumerate(drawn) if i % size != rank]
 
     def _data_step(self, part: int) -> int:
@@ -270,7 +268,7 @@ class Trainer:
         config, (n, n_tokens) = self.model.config, batch.ids.shape
         if config.state_init is StateInit.ZEROS:
             return None
-        generator = torch.Generator().manual_seed((self.recipe.seed << 40) + self._data_step(part))
+        generator = numbered(self._data_step(part), self.recipe.seed)
         noise = torch.randn((n * self.team.size, n_tokens, config.n_embd), generator=generator)
         return (noise[self.team.rank :: self.team.size] * config.state_std).to(self.team.device)
 
@@ -306,12 +304,5 @@ class Trainer:
         return self._cost.training([*job.passes, *job.others], job.batch.ids.numel(), n_labels, self.recipe.recompute)
 
     def _precision(self) -> torch.autocast:
-        # threads would share the cache of cast weights, so it stays off
-        return torch.autocast(
-            self.team.device.type, torch.bfloat16, enabled=self.recipe.bf16, cache_enabled=self.recipe.threads == 1
-        )
-
-
-def _fingerprint(recipe: Recipe) -> str:
-    """What two recipes share exactly when they train the same."""
-    return hashlib.blake2b(json.dumps(asdict(recipe), sort_keys=True).encode(), digest_size=16).hexdigest()
+        # no cache of cast weights: threads would share it, and weights that passes without gradient cast carry none
+        return torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.recipe.bf16, cache_enabled=False)

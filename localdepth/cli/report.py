@@ -10,7 +10,7 @@ import typer
 from localdepth import console
 from localdepth.cli.common import command, needs
 from localdepth.cli.options import JsonOption
-from localdepth.cli.train import train_app
+from localdepth.cli.train import duration, train_app
 
 if TYPE_CHECKING:
     from localdepth_train.intervals import Interval
@@ -88,17 +88,11 @@ def _share(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
-
-
 _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "steps": ("steps", _count),
     "tokens": ("tokens", _count),
     "flops": ("FLOPs", "{:.3g}".format),
-    "seconds": ("wall time", _duration),
+    "seconds": ("wall time", duration),
     "tokens_per_second": ("tokens/s", _count),
     "mean_depth": ("mean depth drawn", "{:.2f}".format),
     "loss": ("training loss, last", _loss),

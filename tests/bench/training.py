@@ -55,7 +55,7 @@ SAME_LOSS = 1e-4  # relative; rounding, which optimisers amplify from step to st
 MIB = 2**20
 MEAN_DEPTH, BACKPROP = 8, 4  # of text
 TIMED, WEIGHED = (256, 4096, 8, 128), (512, 8192, 4, 128)  # of text: n_embd, n_vocab, rows of a step, tokens of a row
-SMALL = (64, 640, 4, 16)
+SMALL = (64, 1536, 4, 16)
 OUTER = ("token_embd.weight", "output.weight")  # matrices that Muon leaves alone
 ENVIRONMENT = {  # read when torch is imported
     "GOMP_SPINCOUNT": "1000",  # threads of torch that wait give way to others; else a busy machine all but stops them
@@ -71,6 +71,7 @@ class PlainLoop:
         start = Start.of(recipe)
         self.model, self.source = start.model, open_source(recipe, self.phase, start, 0, 1)
         self.optimizers = torch_optimizers(self.model, self.phase.optimizer)
+        self.n_parts = recipe.micro_batches
         self.n_steps = self.n_tokens = 0
 
     def advance(self) -> dict[str, float]:
@@ -79,7 +80,7 @@ class PlainLoop:
         batches = self.source.draw(self.n_steps)
         n_labels = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
         for i, batch in enumerate(batches):
-            generator = seeded(self.n_steps * len(batches) + i + 1)
+            generator = seeded(self.n_steps * self.n_parts + i + 1)
             n_nograd, k_grad = sample_passes(depth.mean, depth.backprop, generator, depth.sigma)
             e = model.embeds(batch.ids)
             s = torch.zeros_like(e)

@@ -69,7 +69,7 @@ class Ground(Protocol):
 class TaskGround:
     """Questions of up to six steps, judged up to eight, and a plain model of six layers trained on them."""
 
-    steps: int = 400
+    steps: int = 250
     base_steps: int = 900
     layers: Layers = Layers("0", "2-4", "5")
     early_layers: Layers = Layers("0", "1-3", "5")
@@ -137,7 +137,7 @@ class TextGround:
 
     checkpoint: Path
     text: str
-    steps: int = 120
+    steps: int = 100
     n_tokens: int = 128
 
     def __post_init__(self) -> None:

@@ -146,4 +146,6 @@ def refuse(row: BadRow) -> None:
     Raises:
         TrainError: always.
     """
-    raise TrainError(f'{row.place} {row.reason}; mend or remove the row, or pass over such rows: on_bad_row = "skip"')
+    raise TrainError(
+        f'{row.place} {row.reason}; pass over it with on_bad_row = "skip" and go on, or mend the file and start over'
+    )

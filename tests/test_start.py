@@ -1,0 +1,37 @@
+"""What a run starts from: looped checkpoints and plain ones, told apart by what they say they are."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from localdepth.errors import CheckpointError
+from localdepth_train.start import open_checkpoint, trained_at
+from tests.bases import make_base
+from tests.published import EXPECTED, make_checkpoint
+
+
+def test_plain_and_looped_models_are_opened(tmp_path: Path) -> None:
+    assert open_checkpoint(str(make_base(tmp_path / "plain", "qwen2"))).kind == "Qwen2"
+    looped = open_checkpoint(str(make_checkpoint(tmp_path / "looped", "retrofit_llama")))
+    assert looped.config == EXPECTED["retrofit_llama"]
+
+
+def test_a_plain_model_is_refused_for_its_own_reason(tmp_path: Path) -> None:
+    base = make_base(tmp_path, "llama")
+    record = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**record, "hidden_act": "gelu"}))
+    with pytest.raises(CheckpointError, match="hidden_act='gelu' is not supported"):
+        open_checkpoint(str(base))
+    (base / "config.json").write_text(json.dumps({**record, "model_type": "mamba"}))
+    with pytest.raises(CheckpointError, match="model_type 'mamba'"):
+        open_checkpoint(str(base))
+
+
+def test_a_trained_model_runs_as_deep_as_it_was_trained() -> None:
+    config = EXPECTED["retrofit_llama"]
+    trained = trained_at(config, 40)
+    assert (trained.default_depth, trained.max_depth, trained.trained_mean_depth) == (40, 80, 40.0)
+    assert trained_at(config, 1).auto_min_depth == 1
