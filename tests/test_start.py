@@ -1,6 +1,7 @@
 """What a run starts from: looped checkpoints and plain ones, told apart by what they say they are."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,12 @@ import pytest
 pytest.importorskip("torch")
 
 from localdepth.errors import CheckpointError
-from localdepth_train.start import open_checkpoint, trained_at
+from localdepth_train.start import Start, open_checkpoint, trained_at
+from localdepth_train.surgery import retrofit
 from tests.bases import make_base
+from tests.conftest import tokenizer_json
 from tests.published import EXPECTED, make_checkpoint
+from tests.training import tiny_recipe
 
 
 def test_plain_and_looped_models_are_opened(tmp_path: Path) -> None:
@@ -28,6 +32,15 @@ def test_a_plain_model_is_refused_for_its_own_reason(tmp_path: Path) -> None:
     (base / "config.json").write_text(json.dumps({**record, "model_type": "mamba"}))
     with pytest.raises(CheckpointError, match="model_type 'mamba'"):
         open_checkpoint(str(base))
+
+
+def test_a_trained_model_keeps_licence_and_base_and_is_no_untrained_retrofit(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    (base / "README.md").write_text("---\nlicense: mit\ntags: [x]\n---\nText.\n")
+    (base / "tokenizer.json").write_text(tokenizer_json())
+    retrofit(base, tmp_path / "looped", prelude="0", core="1", coda="2")
+    card = Start.of(replace(tiny_recipe(), model=None, start=str(tmp_path / "looped"))).files["README.md"]
+    assert card == '---\nlicense: mit\nbase_model: "base"\n---\n\nTrained from looped by `localdepth train run`.\n'
 
 
 def test_a_trained_model_runs_as_deep_as_it_was_trained() -> None:

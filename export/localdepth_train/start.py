@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from localdepth.config import ModelConfig
 from localdepth.errors import TrainError
 from localdepth_train.checkpoint import Checkpoint
+from localdepth_train.checkpoint.card import CARD, inherited
 from localdepth_train.checkpoint.layouts import LayoutName, recognise
 from localdepth_train.checkpoint.parts import Layout
 from localdepth_train.checkpoint.plain import recognise_plain
@@ -79,7 +80,8 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Start:
     text = checkpoint.text("tokenizer.json")
     if text is None:
         raise TrainError(f"{checkpoint.path} has no tokenizer.json, which training data need; copy it from the base")
-    return Start(load_reference(checkpoint), Tokenizer.from_str(text), checkpoint.carried())
+    card = inherited(checkpoint.card()) + f"Trained from {checkpoint.path.resolve().name} by `localdepth train run`.\n"
+    return Start(load_reference(checkpoint), Tokenizer.from_str(text), {**checkpoint.carried(), CARD: card})
 
 
 def _fresh(config: ModelConfig, seed: int) -> ReferenceModel:

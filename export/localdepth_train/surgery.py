@@ -34,7 +34,8 @@ import numpy.typing as npt
 
 from localdepth.config import MEASURE_DEPTH, STAGES, Injection, ModelConfig, StateInit
 from localdepth.errors import ConfigError, StorageError
-from localdepth_train.checkpoint import Checkpoint, Unread, front_matter, save
+from localdepth_train.checkpoint import Checkpoint, Unread, save
+from localdepth_train.checkpoint.card import CARD, inherited
 from localdepth_train.checkpoint.layouts import LayoutName
 from localdepth_train.checkpoint.plain import recognise_plain
 from localdepth_train.checkpoint.published import PUBLISHED_STD
@@ -52,9 +53,8 @@ _PUBLISHED_DEPTH = 32  # mean depth that the published retrofits were meant to b
 _F16_BYTES = 2
 _PART_OF = {"token_embd": "embed", "output_norm": "head", "output": "head"}  # other names begin with their part
 _IDS = ("bos_token_id", "eos_token_id")  # which many bases have in config.json alone
-_LICENSE = ("license", "license_name", "license_link")  # fields of a model card
-_CARD, _GENERATION = "README.md", "generation_config.json"
-_UNTRAINED = "by `localdepth retrofit`, not trained since"  # in the card of a retrofit; training writes no card
+_GENERATION = "generation_config.json"
+_UNTRAINED = "by `localdepth retrofit`, not trained since"  # in the card of a retrofit, not in that of a trained model
 
 
 class Init(StrEnum):
@@ -191,7 +191,7 @@ def retrofit(
     config = _looped(opened.config, layers, how, begin)
     tensors = {**_kept(opened, config, layers), **_injected(opened, config, begin, seed)}
     files: dict[str, str | bytes] = {**opened.carried(), **_generation(opened)}
-    files[_CARD] = _card(opened, layers, source or opened.path.resolve().name, how, begin)
+    files[CARD] = _card(opened, layers, source or opened.path.resolve().name, how, begin)
     path = save(
         out,
         config,
@@ -210,7 +210,7 @@ def _check_untrained(folder: Path) -> None:
     Raises:
         StorageError: it was trained, or is no retrofit.
     """
-    card = folder / _CARD
+    card = folder / CARD
     if not card.is_file() or _UNTRAINED.encode() not in card.read_bytes():
         raise StorageError(
             f"{folder} holds a model that is no untrained retrofit and would be lost; name another folder, or remove it"
@@ -277,13 +277,11 @@ def _generation(opened: Checkpoint) -> dict[str, str]:
 
 def _card(opened: Checkpoint, layers: Layers, source: str, injection: Injection, init: Init) -> str:
     """A model card: the base, its licence, what was done."""
-    fields = front_matter(opened.card())
-    front = [f"{key}:{fields[key]}" for key in _LICENSE if key in fields]
     n_layer = opened.config.n_core
     places = "".join(f"| {stage} | {spell_layers(kept)} |\n" for stage, kept in layers.stages())
     return (
-        "\n".join(["---", *front, f"base_model: {json.dumps(source)}", "---"])
-        + f"\n\nA looped model made of {source} ({opened.kind}, {n_layer} layers) {_UNTRAINED}. "
+        f"{inherited(opened.card(), source)}"
+        f"A looped model made of {source} ({opened.kind}, {n_layer} layers) {_UNTRAINED}. "
         f"Injection {injection}, init {init}.\n\n"
         f"| stage | layers of the base |\n|---|---|\n{places}| dropped | {spell_layers(layers.dropped(n_layer))} |\n"
     )

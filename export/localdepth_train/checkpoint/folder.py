@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from localdepth.config import ModelConfig
 from localdepth.errors import CheckpointError, ConfigError
+from localdepth_train.checkpoint.card import CARD
 from localdepth_train.checkpoint.layouts import LayoutName, layout_of, recognise, record_of
 from localdepth_train.checkpoint.parts import Layout, Part
 from localdepth_train.checkpoint.records import one_of
@@ -31,7 +32,6 @@ from localdepth_train.output import replacing, replacing_folder
 __all__ = ["CARRIED", "Checkpoint", "Unread", "rewrite", "save"]
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_CARD = "README.md"  # says what the weights are, so it is written anew when they change
 CARRIED = (  # what goes with the weights wherever they go
     "tokenizer.json",
     "tokenizer_config.json",
@@ -130,7 +130,7 @@ class Checkpoint:
 
     def card(self) -> bytes:
         """The model card; empty where the directory has none."""
-        return self._content(_CARD) or b""
+        return self._content(CARD) or b""
 
     def text(self, name: str) -> str | None:
         """Contents of a text file that goes with the weights, or None where the directory has none of that name."""
@@ -331,7 +331,7 @@ def rewrite(source: str | os.PathLike[str], out: str | os.PathLike[str], *, layo
     tensors = {name: opened.unread(name) for name in opened.config.tensors()}
     files: dict[str, str | bytes] = {**opened.carried()}
     if card := opened.card():
-        files[_CARD] = card
+        files[CARD] = card
     return save(out, opened.config, tensors, files, layout=layout)
 
 
@@ -376,6 +376,6 @@ def _is_checkpoint(folder: Path, layout: LayoutName) -> bool:
     return record.get("model_type") == layout.model_type and {path.name for path in folder.iterdir()} <= {
         _CONFIG,
         _WEIGHTS,
-        _CARD,
+        CARD,
         *CARRIED,
     }
