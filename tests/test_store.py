@@ -578,7 +578,7 @@ def _size(path: Path) -> int:
 
 
 def test_an_interrupted_pull_keeps_what_has_arrived(server: StandIn, place: Place) -> None:
-    server.pause_s = 0.03
+    server.pause_s = 0.2  # a pull that is not over before the signal arrives
     process = place.start("pull", CHECKPOINT)
     wait_for(lambda: [p for p in place.partial() if _size(p) >= 3 * PIECE], process)
     process.send_signal(signal.SIGINT)
