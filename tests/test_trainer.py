@@ -96,7 +96,9 @@ def test_the_checkpoint_runs_and_carries_its_tokenizer(tiny: Recipe, tmp_path: P
 def test_a_damaged_state_is_refused(tiny: Recipe, tmp_path: Path) -> None:
     train(tiny, tmp_path, until=1)
     whole = (tmp_path / "state.pt").read_bytes()
-    for damaged in (b"", whole[: len(whole) // 2], b"not a state"):
+    middle = len(whole) // 2
+    turned = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]  # one bit of a weight
+    for damaged in (b"", whole[:middle], b"not a state", turned):
         (tmp_path / "state.pt").write_bytes(damaged)
         with pytest.raises(TrainError, match="cannot read"):
             RunFolder(tmp_path).read_state()

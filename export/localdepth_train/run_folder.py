@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from filelock import FileLock, Timeout
@@ -78,7 +79,7 @@ class RunFolder:
                 state = _read(file)
             except TrainError as error:
                 if file is saved[-1]:
-                    raise
+                    raise TrainError(f"{error}; give a new folder to start over") from error
                 if self._writes:
                     log.warning("%s; going on from the state saved before it", error)
             else:
@@ -156,10 +157,19 @@ class RunFolder:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    """The state in a file, its checksums compared: torch itself takes a changed number for a number.
+
+    Raises:
+        TrainError: it holds none, or was damaged.
+    """
     try:
+        with ZipFile(file) as archive:
+            if damaged := archive.testzip():
+                raise BadZipFile(f"{damaged} is not what was saved")
         state: dict[str, Any] = torch.load(file, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise TrainError(f"cannot read {file}: {error}; give a new folder to start over") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, BadZipFile) as error:
+        reason = str(error).partition("\n")[0]
+        raise TrainError(f"cannot read {file}: {reason}") from error
     if not isinstance(state, dict) or not set(state) >= _KEYS:
-        raise TrainError(f"{file} is not a state that this version saves; give a new folder to start over")
+        raise TrainError(f"{file} is not a state that this version saves")
     return state
