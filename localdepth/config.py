@@ -305,7 +305,7 @@ def plain_model(kind: str, where: str) -> str:
     """What to tell someone who brings a model without a loop: what it is, and how it becomes one of ours."""
     return (
         f"plain {kind:.40} model without a core to repeat; make {where} a looped one, then train it: "
-        "localdepth retrofit BASE -o OUT --prelude 0-3 --core 10-17 --coda 18-21 (whichever layers of it you choose)"
+        "localdepth retrofit BASE -o OUT --prelude 0-3 --core 10-17 --coda 18-21 (or whichever layers BASE has)"
     )
 
 

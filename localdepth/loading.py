@@ -176,9 +176,10 @@ def locate(model: str | os.PathLike[str] | None) -> Path:
     if str(model) != "" and not os.path.lexists(path):
         raise ModelFileError(f"{path}: no such file, and no stored model of that name; see `localdepth models list`")
     if str(model) == "" or os.path.isdir(path):
+        checkpoint = path / "checkpoint" if (path / "checkpoint").is_dir() else path  # a training run has one inside
         raise ModelFileError(
             f"{path} is a directory, not a model file; make one of a checkpoint with: "
-            f"localdepth export gguf {path} -o model.gguf"
+            f"localdepth export gguf {checkpoint} -o model.gguf"
         )
     return path
 

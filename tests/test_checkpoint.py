@@ -315,8 +315,10 @@ def test_a_second_copy_of_a_tied_head_is_accepted(tmp_path: Path) -> None:
 
 
 def test_missing_directories_files_and_bad_json_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a directory"):
+    with pytest.raises(CheckpointError, match=r"nowhere does not exist; pass the folder that holds config\.json"):
         Checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"has no config\.json; .* in checkpoint/ once it ends"):
+        Checkpoint(tmp_path)
     (tmp_path / "config.json").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(CheckpointError, match=r"is not UTF-8: .*; download it again"):
         Checkpoint(tmp_path)
@@ -333,6 +335,12 @@ def test_missing_directories_files_and_bad_json_are_refused(tmp_path: Path) -> N
     (tmp_path / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{")
     with pytest.raises(CheckpointError, match="download it again"):
         Checkpoint(tmp_path)
+
+
+def test_in_the_folder_of_a_run_its_checkpoint_is_pointed_at(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "run" / "checkpoint", "huginn")
+    with pytest.raises(CheckpointError, match=rf"pass the folder that holds config\.json: {checkpoint}$"):
+        Checkpoint(tmp_path / "run")
 
 
 def test_an_index_that_leaves_its_folder_is_refused(tmp_path: Path) -> None:

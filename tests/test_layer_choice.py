@@ -62,8 +62,7 @@ def test_a_span_that_runs_backwards_is_refused_with_the_remedy() -> None:
 @given(st.permutations(range(10)), st.integers(0, 9), st.integers(1, 10))
 def test_any_order_will_do_and_the_rest_is_dropped(order: list[int], first: int, last: int) -> None:
     last = max(last, first + 1)
-    layers = Layers(tuple(order[:first]), tuple(order[first:last]), ())
-    layers.check(10)
+    layers = choose_layers(10, order[:first], order[first:last], (), None)
     assert sorted((*order[:last], *layers.dropped(10))) == list(range(10))
 
 
@@ -80,7 +79,7 @@ def test_any_order_will_do_and_the_rest_is_dropped(order: list[int], first: int,
         ({"core": [1.0]}, r"core=\[1\.0\] must be whole numbers"),
         ({"core": [True]}, r"core=\[True\] must be whole numbers"),
         ({"coda": ["5"]}, r"coda=\['5'\] must be whole numbers, such as \[4, 5\], or text, such as \"4-5\""),
-        ({"core": "0-9999"}, "layer 0 is named twice"),
+        ({"prelude": "0", "core": "1-9", "coda": "4"}, "core names layer 6; the base has 6, 0 to 5"),
         ({"preset": "tinyllama-4-8-4"}, "leave out prelude, core and coda"),
     ],
 )
@@ -105,7 +104,7 @@ def test_more_layers_than_any_base_has_are_refused() -> None:
 def test_presets_fit_their_bases_and_no_others(name: str) -> None:
     preset = PRESETS[name]
     layers = choose_layers(preset.n_layer, None, None, None, name)
-    layers.check(preset.n_layer)
+    assert layers == choose_layers(preset.n_layer, layers.prelude, layers.core, layers.coda, None)
     assert name.endswith("-".join(str(len(chosen)) for _, chosen in layers.stages()))
     with pytest.raises(ConfigError, match=f"is for bases of {preset.n_layer} layers, this one has 17"):
         choose_layers(17, None, None, None, name)

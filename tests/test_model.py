@@ -282,6 +282,9 @@ def test_missing_files_directories_and_text_are_refused(tmp_path: Path, model: M
         load(tmp_path / "none.gguf")
     with pytest.raises(ModelFileError, match="localdepth export gguf"):
         load(tmp_path)
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    with pytest.raises(ModelFileError, match=r"localdepth export gguf .*/run/checkpoint -o model\.gguf"):
+        load(tmp_path / "run")
     with pytest.raises(ModelFileError, match=r"none\.gguf"):
         inspect(tmp_path / "none.gguf")
 

@@ -295,6 +295,11 @@ def test_names_that_matplotlib_takes_for_something_else_are_shown(tmp_path: Path
     assert {" _hidden", "a$b_$c", "$x^$"} <= words_of(tmp_path / "names.svg")
 
 
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_a_name_in_a_script_the_font_lacks_is_no_reason_to_warn(ending: str, tmp_path: Path) -> None:
+    draw(as_groups(read_runs([a_run(tmp_path / "七 rats 🐀")])), tmp_path / f"figure.{ending}")
+
+
 @pytest.mark.parametrize(
     "changes",
     [

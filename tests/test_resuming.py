@@ -48,7 +48,7 @@ def test_a_run_stopped_by_a_bad_row_goes_on_past_it(heal: Recipe, tmp_path: Path
     rows = text_of(heal).read_text().splitlines(keepends=True)
     text.write_text("".join([*rows[:20], "{broken\n", *rows[20:]]))
     recipe = on_text(replace(heal, save_every=1).given(text=str(text)), held_out_one_in=0)
-    with pytest.raises(TrainError, match=r'bad\.jsonl, line 21 .* on_bad_row = "skip" and go on'):
+    with pytest.raises(TrainError, match=r'bad\.jsonl, line 21 .* on_bad_row = "skip" .* and go on'):
         train(recipe, tmp_path / "run")
     saved = RunFolder(tmp_path / "run").read_state()
     assert saved is not None
@@ -59,10 +59,41 @@ def test_a_run_stopped_by_a_bad_row_goes_on_past_it(heal: Recipe, tmp_path: Path
 def test_a_run_that_diverged_goes_on_at_lower_rates(heal: Recipe, tmp_path: Path) -> None:
     train(heal, tmp_path / "whole")
     train(heal, tmp_path / "run", until=3)
-    with pytest.raises(TrainError, match=r"lower the learning rates .* go on from the last saved state"):
+    with pytest.raises(TrainError) as first:
         train(at_rates(heal, 1e30), tmp_path / "run")
+    rates = f"lower the learning rate of phase 'heal', adamw_lr={1e30 * heal.phases[0].optimizer.adamw_lr},"
+    ways = "start over in a new folder, or go on here from the last saved state"
+    assert str(first.value).endswith(f"{rates} and {ways}")
+    train(heal, tmp_path / "run", until=4)
+    with pytest.raises(TrainError, match=r"last saved state; if that fails too, remove .*state\.pt to go on") as second:
+        train(at_rates(heal, 1e30), tmp_path / "run")
+    Path(str(second.value).split("remove ")[1].split(" to go on")[0]).unlink()  # as the message says
+    assert train(heal, tmp_path / "run", until=5).began == 3
     train(heal, tmp_path / "run")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_without_a_saved_state_none_is_offered_after_divergence(heal: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match=r"start over in a new folder$"):
+        train(at_rates(heal, 1e30), tmp_path)
+
+
+def test_a_finished_run_is_left_as_it_is(heal: Recipe, tmp_path: Path) -> None:
+    done = train(heal, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    again = train(replace(heal, save_every=5), tmp_path)
+    assert (again.began, again.checkpoint) == (heal.steps, done.checkpoint)
+    assert all(path.stat().st_mtime_ns == written for path, written in before.items())
+    for name in ("state.pt", "state.previous.pt"):
+        (tmp_path / name).unlink()
+    with pytest.raises(TrainError, match=r"holds the checkpoint of a finished run, .* give a new folder"):
+        train(heal, tmp_path)
+
+
+def test_a_start_that_has_gone_is_asked_for(heal: Recipe, tmp_path: Path) -> None:
+    train(heal, tmp_path / "run", until=1)
+    with pytest.raises(TrainError, match=r"nowhere' does not exist; .* also to go on .* --start where it is now"):
+        train(heal.given(str(tmp_path / "nowhere")), tmp_path / "run")
 
 
 def test_what_decides_nothing_may_change_and_is_told(heal: Recipe, tmp_path: Path) -> None:

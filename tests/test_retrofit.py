@@ -68,6 +68,7 @@ def test_the_table_says_what_goes_where_and_what_it_costs(called: Any, tmp_path:
     rows = [line.split() for line in out.splitlines()]
     assert ["core", "3,2", "9,312"] in rows
     assert ["dropped", "4", "-"] in rows
+    assert "injection concat_linear, init identity" in out
     assert [row[0] for row in rows if row and row[0] in ("base", "1", "2", "4", "8", "16", "32")] == [
         *("base", "1", "2", "4", "8", "16", "32")
     ]
@@ -93,6 +94,14 @@ def test_what_cannot_be_meant_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_replaced_is_said(called: Any, tmp_path: Path) -> None:
+    line = (make_base(tmp_path / "base", "llama"), "-o", tmp_path / "out", *CHOICE)
+    assert "replaces" not in called(*line)[1]
+    assert "it replaces the retrofit in that folder" in called(*line, "--injection", "add")[1]
+    record = json.loads(called(*line, "--init", "pass-through", "--json")[1])
+    assert (record["has_replaced"], record["init"]) == (True, "pass-through")
+
+
 def test_a_foreign_folder_is_left_alone(called: Any, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years")
@@ -104,10 +113,10 @@ def test_a_foreign_folder_is_left_alone(called: Any, tmp_path: Path) -> None:
 
 def test_the_help_names_every_preset_and_its_layers(called: Any) -> None:
     code, out, _ = called("--help")
-    _, _, rows = out.partition("Presets (")
+    _, _, rows = out.partition("Presets:")
     assert code == 0
     assert [row.split() for row in rows.splitlines()[1:]] == [
-        [name, *(spell_layers(layers) for _, layers in preset.layers.stages()), "of", str(preset.n_layer)]
+        [name, *(spell_layers(layers) for _, layers in preset.layers.stages()), str(preset.n_layer), "layers"]
         for name, preset in PRESETS.items()
     ]
 
@@ -203,7 +212,9 @@ def test_what_is_no_base_is_refused_before_its_weights_are_fetched(server: Stand
 def test_names_that_are_neither_folder_nor_repository_are_refused(server: StandIn, tmp_path: Path) -> None:
     done = run("lab/nowhere", "-o", tmp_path / "out", *CHOICE)
     assert done.returncode == ModelFileError.exit_code
-    assert "lab/nowhere@main is not on the Hub" in " ".join(done.stderr.split())
+    said = " ".join(done.stderr.split())
+    assert said.startswith("there is no folder lab/nowhere here; asking the Hugging Face Hub for it")
+    assert "lab/nowhere@main is not on the Hub" in said
     done = run("./no such folder", "-o", tmp_path / "out", *CHOICE)
     assert "no name of a repository" in " ".join(done.stderr.split())
     (tmp_path / "file").write_text("")

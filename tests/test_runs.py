@@ -1,6 +1,8 @@
 """Runs on text, through phases, killed, out of room, damaged, shown while they go."""
 
 import json
+import os
+import pty
 import re
 import resource
 import signal
@@ -17,7 +19,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from localdepth.cli.train import duration  # noqa: E402
+from localdepth.cli.common import stop_on_interrupt  # noqa: E402
+from localdepth.cli.train import _following, duration  # noqa: E402
 from localdepth.errors import StorageError, TrainError  # noqa: E402
 from localdepth_train.checkpoint import Checkpoint  # noqa: E402
 from localdepth_train.recipe import (  # noqa: E402
@@ -44,6 +47,9 @@ from tests.training import (  # noqa: E402
 
 START_S = 60.0  # until a run has begun; a busy machine imports slowly
 EVERY_LINE = "import localdepth.cli.train as train; train._LINE_EVERY_S = 0; from localdepth.cli import main; main()"
+
+
+RUN = [sys.executable, "-m", "localdepth", "train", "run"]
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +129,10 @@ def test_a_full_disk_keeps_the_last_state(heal: Recipe, tmp_path: Path) -> None:
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) // 2, limits[1]))
     try:
-        with pytest.raises(StorageError, match="saved before is kept"):
+        with pytest.raises(StorageError, match="File too large; the state saved before is kept; put that right"):
             folder.write_state(trainer.state())
+        with pytest.raises(StorageError, match="File too large; put that right"):
+            RunFolder(tmp_path / "new").write_state(trainer.state())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
@@ -135,11 +143,15 @@ def test_a_full_disk_keeps_the_last_state(heal: Recipe, tmp_path: Path) -> None:
 def test_later_phases_are_checked_before_the_first_begins(heal: Recipe, tmp_path: Path) -> None:
     first, second = heal.phases
     assert second.text is not None
-    missing = replace(second.text, sources=(replace(second.text.sources[0], path="nowhere.jsonl"),))
+    source = second.text.sources[0]
+    missing = replace(second.text, sources=(replace(source, path="nowhere.jsonl"),))
+    rare = replace(second.text, sources=(source, replace(source, field="body", weight=1e-6)), held_out_one_in=0)
     strange = start_folder(tmp_path / "strange", replace(HEAL_CONFIG, n_vocab=280), tokenizer_json())
     teacher = ObjectiveRecipe(teacher=str(strange), distillation=1.0)
     for phase, said in (
         (replace(second, text=missing), "no text found at 'nowhere.jsonl'"),
+        (replace(second, text=rare), "line 1 has no field 'body'"),
+        (replace(second, text=replace(second.text, held_out_one_in=10**9)), "keeps no document for evaluation"),
         (replace(second, text=replace(second.text, n_tokens=65)), "'target': text.n_tokens=65 exceeds .* n_ctx=64"),
         (replace(second, objective=teacher), "n_vocab=280, the model 300"),
     ):
@@ -212,26 +224,66 @@ def wait_for_steps(log: Path, n: int) -> None:
 
 
 def test_progress_says_flops_and_what_is_left(heal: Recipe, tmp_path: Path) -> None:
-    recipe = toml(heal, tmp_path / "recipe.toml", steps=4)
-    done = subprocess.run(
-        [sys.executable, "-c", EVERY_LINE, "train", "run", str(recipe), "-o", str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
+    command = ["train", "run", str(toml(heal, tmp_path / "recipe.toml", steps=4)), "-o", str(tmp_path / "run")]
+    done, again = (
+        subprocess.run([sys.executable, "-c", EVERY_LINE, *command], capture_output=True, text=True) for _ in range(2)
     )
     first, *_, last = (line for line in done.stderr.splitlines() if ": loss" in line)
     assert re.fullmatch(r"step 1 of 4: loss \d\.\d+, [\d,]+ tokens/s, \d\.\d\de\+\d\d FLOPs", first)
     assert re.fullmatch(r"step 4 of 4: .* FLOPs, 0 min 00 s left", last)
     assert duration(200) == "3 min 20 s"
+    assert re.search(r"^4 steps, loss \d\.\d{4} at the last, checkpoint ", done.stdout)
+    assert again.returncode == 0
+    assert again.stdout.startswith("already finished: 4 steps, checkpoint ")
 
 
-def test_a_run_that_is_stopped_answers_in_json(heal: Recipe, tmp_path: Path) -> None:
-    recipe = toml(heal, tmp_path / "recipe.toml")
-    command = [sys.executable, "-m", "localdepth", "train", "run", str(recipe), "-o", str(tmp_path / "run"), "--json"]
+def test_progress_names_phases_and_depths(heal: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with _following(heal, None, tmp_path) as on_record:
+        train(heal, tmp_path, on_record=on_record, until=6)
+    said = capsys.readouterr().err
+    assert "step 1 of 12, heal: loss" in said
+    assert re.search(r"^step 6 of 12, heal, loss at depth 1: \d\.\d{3}, depth 2: \d\.\d{3}$", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_run_that_is_stopped_is_saved_and_answers_in_json(heal: Recipe, tmp_path: Path, name: str) -> None:
+    command = [*RUN, str(toml(heal, tmp_path / "recipe.toml")), "-o", str(tmp_path / "run"), "--json"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_steps(tmp_path / "run/log.jsonl", 2)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(getattr(signal, name))
     answer, _ = running.communicate()
     record = json.loads(answer)
     assert running.returncode == 130
     assert 2 <= record["steps"] < 400
     assert record["checkpoint"] is None
+    saved = RunFolder(tmp_path / "run").read_state()
+    assert saved is not None
+    assert saved["step"] == record["steps"]
+
+
+def test_an_ignored_hangup_stays_ignored_and_only_a_later_interrupt_does_not_wait() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        with stop_on_interrupt(on_any=True) as stopped:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stopped.is_set()
+            for _ in range(2):
+                signal.raise_signal(signal.SIGTERM)
+                assert stopped.is_set()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_whose_window_is_closed_is_saved(heal: Recipe, tmp_path: Path) -> None:
+    window, inside = pty.openpty()
+    command = [*RUN, str(toml(heal, tmp_path / "recipe.toml")), "-o", str(tmp_path / "run")]
+    running = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, start_new_session=True)
+    wait_for_steps(tmp_path / "run/log.jsonl", 2)
+    os.close(inside)
+    os.close(window)  # what is written there from now on fails
+    for _ in range(2):
+        running.send_signal(signal.SIGHUP)
+    assert running.wait() == 130
+    assert (tmp_path / "run/state.pt").exists()

@@ -1,6 +1,10 @@
 """What a run starts from: looped checkpoints and plain ones, told apart by what they say they are."""
 
 import json
+import re
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +12,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from localdepth.errors import CheckpointError
+from localdepth.errors import CheckpointError, TrainError
 from localdepth_train.start import Start, open_checkpoint, trained_at
 from localdepth_train.surgery import retrofit
 from tests.bases import make_base
@@ -32,6 +36,19 @@ def test_a_plain_model_is_refused_for_its_own_reason(tmp_path: Path) -> None:
     (base / "config.json").write_text(json.dumps({**record, "model_type": "mamba"}))
     with pytest.raises(CheckpointError, match="model_type 'mamba'"):
         open_checkpoint(str(base))
+
+
+def test_a_plain_model_trains_only_where_the_recipe_says_so(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "my base", "llama")
+    (base / "tokenizer.json").write_text(tokenizer_json())
+    recipe = replace(tiny_recipe(), model=None, start=str(base))
+    with pytest.raises(TrainError, match="is a plain Llama model without a core") as refused:
+        Start.of(recipe)
+    line = re.findall(r"localdepth (retrofit .*) \(or other", str(refused.value))[0]
+    words = [str(tmp_path / "out") if word == "my base-looped" else word for word in shlex.split(line)]
+    subprocess.run([sys.executable, "-m", "localdepth", *words], check=True, capture_output=True)
+    assert Start.of(replace(recipe, start=str(tmp_path / "out"))).model.config.n_core == 4
+    assert Start.of(replace(recipe, allow_plain=True)).model.config.n_core == 6
 
 
 def test_a_trained_model_keeps_licence_and_base_and_is_no_untrained_retrofit(tmp_path: Path) -> None:

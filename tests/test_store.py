@@ -419,7 +419,7 @@ def test_the_next_pull_goes_on_where_a_broken_one_stopped(
     size = len(server.repos[CHECKPOINT].files[WEIGHTS])
     server.cut[WEIGHTS] = [100_001, 6 * PIECE]
     monkeypatch.setattr(time, "sleep", lambda _: server.status.update(stored=500))  # the rest before going on
-    with pytest.raises(MachineError, match=r"status 500; what has arrived is kept, pull again later"):
+    with pytest.raises(MachineError, match=r"status 500; what has arrived is kept, try again later"):
         place.pull(CHECKPOINT)
     [partial] = place.partial()
     kept = partial.stat().st_size
@@ -467,7 +467,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(server: StandIn, place: Pl
 @pytest.mark.parametrize(
     ("part", "status", "error", "message"),
     [
-        ("/api/", 500, MachineError, "lab/looped@main with status 500; .* pull again later"),
+        ("/api/", 500, MachineError, "lab/looped@main with status 500; .* try again later"),
         ("/api/", 429, MachineError, "status 429"),
         ("/api/", 403, ModelFileError, "may not be read with this token"),
         ("/stored/", 503, MachineError, "status 503"),

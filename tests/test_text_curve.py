@@ -130,7 +130,7 @@ def test_measurements_that_cannot_be_made_are_refused(toy: Model, tmp_path: Path
 def test_the_command_says_what_the_library_finds(tmp_path: Path) -> None:
     model_file = written(tmp_path / "m.gguf")
     texts = ["the cat sat", "on the mat\n\nand the rat"]
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in (*texts, " "))
     (tmp_path / "t.jsonl").write_text(lines)
     (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "t.txt").write_text(texts[1])
@@ -164,6 +164,14 @@ def test_texts_that_cannot_be_read_are_named(tmp_path: Path, name: str, content:
     done = localdepth("curve", "-m", written(tmp_path / "m.gguf"), "--text", tmp_path / name, "--depths", "1")
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_a_model_whose_context_no_question_fits_is_measured_on_a_text(tmp_path: Path) -> None:
+    done = localdepth("curve", "-m", written(tmp_path / "m.gguf"), "--depths", "1", "--steps", "8", "--per-cell", 9)
+    assert done.returncode == 2
+    note, error = done.stderr.strip().split("ContextOverflow: ")
+    assert " ".join(note.split()).startswith("fresh questions are for models trained on such")
+    assert " ".join(error.split()).endswith("measure any other on a text with --text FILE")
 
 
 def test_questions_and_a_text_are_not_measured_together(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from localdepth.errors import TrainError
 from localdepth.tokenizer import Tokenizer
+from localdepth_train.text.documents import Document, is_held_out
 from localdepth_train.text.encoding import DocumentTokenizer
 from localdepth_train.text.held_out import held_out_rows
 from localdepth_train.text.packing import IGNORED, PackedRow, TokenDocument, pack
@@ -261,6 +262,14 @@ def test_a_held_out_part_that_is_empty_is_refused(corpus: TextRecipe, tokenizer:
         held_out_rows(replace(corpus, held_out_one_in=100_000), tokenizer)
 
 
+def test_an_empty_text_is_never_held_out(tmp_path: Path, tokenizer: DocumentTokenizer) -> None:
+    one_in = next(n for n in range(2, 1000) if is_held_out(Document(""), n))
+    texts = next([text] for text in sentences(9999, 0, longest=4) if is_held_out(Document(text), one_in))
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ("", *texts)])
+    recipe = TextRecipe(sources=(SourceRecipe(path=str(path)),), n_tokens=64, held_out_one_in=one_in)
+    assert [decode(ids) for ids in documents_of(iter(held_out_rows(recipe, tokenizer))) if ids] == texts
+
+
 def test_the_same_question_is_held_out_whatever_its_answer(tmp_path: Path, tokenizer: DocumentTokenizer) -> None:
     rows = [{"q": f"question {i}", "a": f"{answer}"} for i in range(40) for answer in range(3)]
     source = SourceRecipe(path=str(write_jsonl(tmp_path / "a.jsonl", rows)), prompt_field="q", answer_field="a")
@@ -270,26 +279,28 @@ def test_the_same_question_is_held_out_whatever_its_answer(tmp_path: Path, token
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "what"),
     [
-        lambda recipe: replace(recipe, n_tokens=25),
-        lambda recipe: replace(recipe, shuffle_buffer=5),
-        lambda recipe: replace(recipe, sources=recipe.sources[:1]),
-        lambda recipe: replace(recipe, sources=(recipe.sources[1], recipe.sources[1])),
+        (lambda recipe: replace(recipe, n_tokens=25), "settings"),
+        (lambda recipe: replace(recipe, shuffle_buffer=5), "settings"),
+        (lambda recipe: replace(recipe, sources=recipe.sources[:1]), "settings, names of files, sizes of files"),
+        (lambda recipe: replace(recipe, sources=recipe.sources[::-1]), "settings, names of files, sizes of files"),
     ],
 )
 def test_a_place_in_other_text_is_refused(
-    corpus: TextRecipe, tokenizer: DocumentTokenizer, change: Callable[[TextRecipe], TextRecipe]
+    corpus: TextRecipe, tokenizer: DocumentTokenizer, change: Callable[[TextRecipe], TextRecipe], what: str
 ) -> None:
     state = TextStream(corpus, tokenizer, seed=0).state()
-    with pytest.raises(TrainError, match="belongs to other text"):
+    with pytest.raises(TrainError, match=f"belongs to other text; what differs: {what}; bring back"):
         TextStream(change(corpus), tokenizer, seed=0).restore(state)
-    with pytest.raises(TrainError, match="belongs to other text"):
+    with pytest.raises(TrainError, match="what differs: seed;"):
         TextStream(corpus, tokenizer, seed=1).restore(state)
+    with pytest.raises(TrainError, match="what differs: tokenizer;"):
+        TextStream(corpus, DocumentTokenizer(tokenizer_json(), bos=None, eos=EOS), seed=0).restore(state)
 
 
 @pytest.mark.parametrize(
-    "damage", [{"done": -1}, {"done": "1"}, {"sources": []}, {"sources": [{}, {}]}, {"sources": 3}]
+    "damage", [{"identity": "4f"}, {"done": -1}, {"done": "1"}, {"sources": []}, {"sources": [{}, {}]}, {"sources": 3}]
 )
 def test_a_damaged_place_is_refused(
     corpus: TextRecipe, tokenizer: DocumentTokenizer, damage: dict[str, object]
@@ -309,7 +320,7 @@ def test_a_changed_file_is_noticed_and_a_moved_one_is_not(tmp_path: Path, tokeni
     recipe = replace(recipe, sources=(SourceRecipe(path=str(moved)),))
     TextStream(recipe, tokenizer, seed=0).restore(stream.state())
     moved.write_text(moved.read_text() + '{"text": "more"}\n')
-    with pytest.raises(TrainError, match="sizes of files differ"):
+    with pytest.raises(TrainError, match="what differs: sizes of files;"):
         TextStream(recipe, tokenizer, seed=0).restore(stream.state())
 
 
@@ -319,7 +330,7 @@ def test_a_run_that_met_a_bad_row_can_go_on_by_skipping_it(tmp_path: Path, token
     recipe = TextRecipe(sources=(SourceRecipe(path=str(path)),), n_tokens=16, shuffle_buffer=4)
     stream = TextStream(recipe, tokenizer, seed=0)
     rows: list[PackedRow] = []
-    with pytest.raises(TrainError, match="line 11 has a field 'text' that is int, not text; pass over it"):
+    with pytest.raises(TrainError, match="line 11 has a field 'text' that is int, not text; pass over such rows"):
         rows.extend(stream)
     assert rows
     assert list(stream) == [], "nothing follows an error"

@@ -163,7 +163,6 @@ def test_prompt_and_answer_are_two_fields(tmp_path: Path) -> None:
         ("a.jsonl", b'["text"]', "holds list, not an object"),
         ("a.jsonl", b'{"body": "x"}', "has no field 'text', only body"),
         ("a.jsonl", b'{"text": null}', "'text' that is NoneType, not text"),
-        ("a.jsonl", b'{"text": " \\n"}', "'text' that is empty"),
         ("a.jsonl", b'{"text": "\\ud83d"}', "half of a surrogate pair"),
         ("a.jsonl", b'{"text": "%s"}' % (b"x" * MAX_BYTES), "is longer than 4,194,304 bytes; split it"),
         ("a.txt", b"gr\xfcn", "not UTF-8"),
@@ -200,7 +199,9 @@ def documents(path: Path, on_bad: OnBadRow, buffer: int = 2) -> ShuffledDocument
 
 def test_a_bad_row_stops_or_is_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl([ROWS[0], 3, ROWS[1], {"text": "unwanted"}, ROWS[2]]))
-    with pytest.raises(TrainError, match=r"a\.jsonl, line 2 holds int.*on_bad_row = \"skip\" and go on, or mend"):
+    with pytest.raises(
+        TrainError, match=r"a\.jsonl, line 2 holds int.*on_bad_row = \"skip\" in \[phases\.text\] and go on, or mend"
+    ):
         documents(tmp_path, OnBadRow.STOP).upcoming(1)
     skipping = documents(tmp_path, OnBadRow.SKIP)
     found = []
@@ -209,6 +210,21 @@ def test_a_bad_row_stops_or_is_counted(tmp_path: Path) -> None:
         skipping.advance()
     assert sorted(found[:3]) == sorted(found[3:]) == sorted(TEXTS[:3])
     assert skipping.skipped == 2
+
+
+@pytest.mark.parametrize("on_bad", OnBadRow)
+def test_an_empty_text_is_passed_over_as_a_blank_line_is(tmp_path: Path, on_bad: OnBadRow) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl([ROWS[0], {"text": ""}, {"text": " \n"}, ROWS[1]]))
+    found = documents(tmp_path, on_bad, buffer=9)
+    assert sorted(document.text for document in found.upcoming(9)) == sorted(TEXTS[:2])
+    assert found.skipped == 0
+
+
+def test_half_a_pair_is_a_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl([{"q": "why?", "a": ""}, {"q": " ", "a": "so"}]))
+    no_answer, no_question = read(tmp_path / "a.jsonl", prompt_field="q", answer_field="a")
+    assert no_answer == BadRow(f"{tmp_path / 'a.jsonl'}, line 1", "has a field 'a' that is empty")
+    assert no_question == BadRow(f"{tmp_path / 'a.jsonl'}, line 2", "has a field 'q' that is empty")
 
 
 def test_a_failed_reading_begins_again_where_it_failed(tmp_path: Path) -> None:
@@ -251,8 +267,14 @@ def test_files_that_are_not_there_or_not_clear_are_refused(tmp_path: Path) -> No
     with pytest.raises(TrainError, match=r"ending of .*a\.json says nothing.*'jsonl'"):
         read(tmp_path / "a.json")
     (tmp_path / "license.txt").write_text("all rights")
-    with pytest.raises(TrainError, match=r"several formats \(jsonl, text\)"):
-        read(tmp_path)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "b.txt").write_text("no rights")
+    for path in (tmp_path, tmp_path / "*[lt]"):
+        with pytest.raises(TrainError, match=r"several formats \(jsonl, text\); name those of one: ") as refused:
+            read(path)
+        one, other = re.findall("'([^']+)'", str(refused.value).partition("name")[2])
+        assert len(read(Path(one))) == len(TEXTS)
+        assert len(read(Path(other))) == (2 if path == tmp_path else 1)
     assert len(read(tmp_path, format=Format.JSONL)) == len(TEXTS)
     write_parquet(tmp_path / "b.parquet")
     with pytest.raises(TrainError, match="no column 'body', only text, n"):

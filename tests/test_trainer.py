@@ -53,7 +53,7 @@ def test_a_stopped_run_ends_where_an_undisturbed_one_does(tiny: Recipe, tmp_path
     stopped = train(tiny, tmp_path / "stopped", until=5)
     assert stopped.checkpoint is None
     resumed = train(tiny, tmp_path / "stopped")
-    assert resumed == replace(whole, checkpoint=resumed.checkpoint)
+    assert resumed == replace(whole, began=5, checkpoint=resumed.checkpoint)
     assert records(tmp_path / "whole") == records(tmp_path / "stopped")
     one = Checkpoint(tmp_path / "whole/checkpoint")
     other = Checkpoint(tmp_path / "stopped/checkpoint")
@@ -100,11 +100,26 @@ def test_a_damaged_state_is_refused(tiny: Recipe, tmp_path: Path) -> None:
     turned = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]  # one bit of a weight
     for damaged in (b"", whole[:middle], b"not a state", turned):
         (tmp_path / "state.pt").write_bytes(damaged)
-        with pytest.raises(TrainError, match="cannot read"):
+        with pytest.raises(TrainError, match=r"cannot read .*state\.pt: \w[^;]+; give a new folder to start over$"):
             RunFolder(tmp_path).read_state()
     torch.save({"recipe": "0123", "step": 4}, tmp_path / "state.pt")  # of an older version
     with pytest.raises(TrainError, match="give a new folder"):
         RunFolder(tmp_path).read_state()
+
+
+def test_nothing_is_promised_of_two_damaged_states(
+    tiny: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("state.pt", "state.previous.pt"):
+        (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(TrainError, match=r"state\.pt: .*state\.previous\.pt: .* give a new folder"):
+        train(tiny, tmp_path)
+    assert not caplog.text
+
+
+def test_a_batch_beyond_memory_is_refused_in_numbers(tiny: Recipe) -> None:
+    with pytest.raises(TrainError, match=r"batch_size=1000000000000 in .* takes more than \d+ TB .* are free; give"):
+        Trainer(replace(tiny, batch_size=10**12))
 
 
 def test_a_folder_in_use_is_refused(tiny: Recipe, tmp_path: Path) -> None:

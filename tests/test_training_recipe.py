@@ -10,6 +10,7 @@ pytest.importorskip("torch")
 
 from localdepth.errors import TrainError
 from localdepth_train.recipe import load_recipe, parse_recipe
+from localdepth_train.trainer import train
 from tests.training import DEFAULT
 
 
@@ -38,6 +39,16 @@ def set_to(key: str, value: str) -> Callable[[str], str]:
         (lambda text: text.replace("head_dim = 32", "head_dim = 31"), "head_dim=31 is odd"),
         (lambda text: text.replace("start = 2", "start = 9"), "exceeds question_steps.top"),
         (lambda text: text + "= broken", "not valid TOML"),
+        (set_to("seed", '0\nstart = "looped"'), r"start='looped' and \[model\] exclude each other"),
+        (lambda text: text.replace("[[phases]]", "[phases]"), r"double brackets, \[\[phases\]\]"),
+        (
+            lambda text: text[: text.index("[model]")] + text[text.index("[[phases]]") :],
+            r'needs \[model\].* start = "--start" leaves',
+        ),
+        (
+            lambda text: 'start = ""\n' + text[: text.index("[model]")] + text[text.index("[[phases]]") :],
+            "start='' names no folder",
+        ),
         (set_to("seed", "-1"), r"seed=-1 must lie in 0\.\.4294967295"),
         (set_to("seed", str(1 << 32)), "seed=4294967296 must lie"),
         (set_to("weight_decay", "-0.1"), "weight_decay=-0.1 must be 0 or more"),
@@ -67,5 +78,16 @@ def test_an_evaluation_depth_beyond_the_model_is_refused() -> None:
 
 
 def test_a_missing_recipe_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match="cannot read recipe"):
+    with pytest.raises(TrainError, match=r"no recipe at .*none\.toml; .*recipes/default\.toml, .*recipes/heal\.toml$"):
         load_recipe(tmp_path / "none.toml")
+    with pytest.raises(TrainError, match="cannot read recipe"):
+        load_recipe(tmp_path)
+
+
+def test_what_a_recipe_leaves_open_is_asked_for_by_its_options(tmp_path: Path) -> None:
+    heal = load_recipe(DEFAULT.with_name("heal.toml"))
+    with pytest.raises(TrainError, match=r"give --start FOLDER, .* and --text PATH, the text to train on$"):
+        train(heal, tmp_path / "run")
+    with pytest.raises(TrainError, match="give --text PATH"):
+        train(heal.given(start="looped"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -8,17 +8,22 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from localdepth.config import ModelConfig
+from localdepth.errors import TrainError
+from localdepth.memory import as_size
 from localdepth_train.curriculum import StepsCurriculum
-from localdepth_train.recipe import TasksRecipe
+from localdepth_train.recipe import Phase, Recipe, TasksRecipe
 from localdepth_train.tasks import Question, Split, draw
 from localdepth_train.tasks.families import FAMILIES
 from localdepth_train.tasks.off_topic import stray
 from localdepth_train.tasks.vocabulary import BOS, EOS, prompt, value_ids
 from localdepth_train.text.packing import IGNORED
 
-__all__ = ["Encoder", "MicroBatch", "Row", "draw_questions", "micro_batches"]
+__all__ = ["Encoder", "MicroBatch", "Row", "check_room", "draw_questions", "micro_batches"]
 
 _LONG = 104  # tokens; the longest question of eight steps has fewer
+_SHORT = 8  # tokens; no question has fewer
+_TOKEN_BYTES = 16  # id and label
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +120,22 @@ def micro_batches(encoder: Encoder, questions: Sequence[Question], parts: int, p
     if n_short < len(rows):
         cuts.append(rows[n_short:])
     return sorted((encoder.batch(cut) for cut in cuts), key=lambda batch: batch.ids.numel())
+
+
+def check_room(recipe: Recipe, phase: Phase, config: ModelConfig, processes: int, room: int) -> None:
+    """Compare ``room``, in bytes, with what a step of one of ``processes`` takes at the very least.
+
+    That is one state, in half precision, for each token computed at a time, and what the batch holds of all tokens.
+    Raises:
+        TrainError: it would not even hold that.
+    """
+    n_tokens = _SHORT if phase.text is None else phase.text.n_tokens
+    n_rows = recipe.batch_size // processes
+    at_a_time = n_rows * min(recipe.threads, recipe.micro_batches) // recipe.micro_batches
+    least = n_tokens * (n_rows * _TOKEN_BYTES + at_a_time * config.n_embd * 2)
+    if least > room:
+        raise TrainError(
+            f"batch_size={recipe.batch_size} in micro_batches={recipe.micro_batches} takes more than {as_size(least)} "
+            f"in phase {phase.name!r}, for rows of {n_tokens} tokens, and {as_size(room)} are free; give a smaller "
+            "batch_size, or more micro_batches"
+        )

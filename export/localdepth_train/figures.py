@@ -6,6 +6,7 @@ Colour says which group, shade says which depth (deeper is darker). ``sheet`` ma
 
 import io
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -342,6 +343,8 @@ def _write(figure: Figure, path: Path) -> None:
     kind = path.suffix[1:].lower()
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     drawn = io.BytesIO()
-    figure.savefig(drawn, format=kind, dpi=200, metadata=undated)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a name in a script the font lacks
+        figure.savefig(drawn, format=kind, dpi=200, metadata=undated)
     with replacing(path) as file:
         file.append(drawn.getbuffer())

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -41,16 +41,6 @@ class Layers:
         """Each stage with its layers."""
         for stage in STAGES:
             yield stage, getattr(self, stage)
-
-    def check(self, n_layer: int) -> None:
-        """Compare with the number of layers that the base has.
-
-        Raises:
-            ConfigError: it has no such layer.
-        """
-        for stage, layers in self.stages():
-            if outside := [i for i in layers if not 0 <= i < n_layer]:
-                raise ConfigError(f"{stage} names layer {outside[0]}; the base has {n_layer}, 0 to {n_layer - 1}")
 
     def dropped(self, n_layer: int) -> tuple[int, ...]:
         """Layers of a base of ``n_layer`` that are not kept."""
@@ -132,9 +122,9 @@ def choose_layers(
     if preset is None:
         if any(given is None for given in stages.values()):
             raise ConfigError(f'name the layers of prelude, core and coda ("{_NONE}" for no layers), or a preset')
-        layers = Layers(*(_numbers(stage, given) for stage, given in stages.items()))
-        layers.check(n_layer)
-        return layers
+        named = {stage: _numbers(stage, given) for stage, given in stages.items()}
+        _check_range(named, n_layer)
+        return Layers(**named)
     if any(given is not None for given in stages.values()):
         raise ConfigError(f"preset={preset!r:.40} says which layers go where; leave out prelude, core and coda")
     if preset not in PRESETS:
@@ -144,6 +134,12 @@ def choose_layers(
             f"preset={preset} is for bases of {PRESETS[preset].n_layer} layers, this one has {n_layer}; name the layers"
         )
     return PRESETS[preset].layers
+
+
+def _check_range(named: Mapping[str, tuple[int, ...]], n_layer: int) -> None:
+    for stage, layers in named.items():
+        if outside := [i for i in layers if not 0 <= i < n_layer]:
+            raise ConfigError(f"{stage} names layer {outside[0]}; the base has {n_layer}, 0 to {n_layer - 1}")
 
 
 def _numbers(stage: str, given: Any) -> tuple[int, ...]:

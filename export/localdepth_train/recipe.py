@@ -27,6 +27,8 @@ __all__ = [
 ]
 
 _SEEDS = 1 << 32  # as many as torch tells apart
+_SHIPPED = Path(__file__).with_name("recipes")
+_OPEN_START, _OPEN_TEXT = "--start", "--text"  # values that leave it to the option of that name
 
 
 class DrawPer(StrEnum):
@@ -208,7 +210,9 @@ class Recipe:
         recompute: see ``run_passes``; memory no longer grows with the layers of the core.
         shard: several processes keep a part of the model each.
         compile: let torch compile the layers; takes a minute to begin.
-        start: checkpoint folder to start from, as ``localdepth retrofit`` writes it.
+        start: checkpoint folder to start from, as ``localdepth retrofit`` writes it; "--start" leaves it to ``given``,
+            as "--text" does for the path of a text.
+        allow_plain: that may also be a plain model, which trains as one that runs its layers once.
     Raises:
         TrainError: when a value is out of its range.
     """
@@ -226,6 +230,7 @@ class Recipe:
     compile: bool = False
     model: ModelConfig | None = None
     start: str | None = None
+    allow_plain: bool = False
 
     def __post_init__(self) -> None:
         _check_counts(
@@ -239,8 +244,20 @@ class Recipe:
             raise TrainError(f"seed={self.seed} must lie in 0..{_SEEDS - 1}")
         if self.micro_batches > self.batch_size:
             raise TrainError(f"micro_batches={self.micro_batches} exceeds batch_size={self.batch_size}")
-        if (self.model is None) == (self.start is None):
-            raise TrainError("a recipe needs either [model], for a fresh one, or start, a checkpoint folder")
+        if self.model is None and self.start is None:
+            raise TrainError(
+                "a recipe needs [model], for a fresh one, or start, a checkpoint folder; "
+                'start = "--start" leaves the folder to the option'
+            )
+        if self.model is not None and self.start is not None:
+            raise TrainError(
+                f"start={self.start!r} and [model] exclude each other; keep start to go on from that checkpoint, or "
+                "[model] for a fresh one"
+            )
+        if self.start is not None and not self.start.strip():
+            raise TrainError(
+                f"start={self.start!r} names no folder; give a checkpoint folder, or [model] for a fresh one"
+            )
         if not self.phases:
             raise TrainError("a recipe needs at least one [[phases]]")
         if self.model is not None:
@@ -260,6 +277,19 @@ class Recipe:
             raise TrainError(f"text={text!r}: no phase of this recipe trains on text")
         return replace(changed, phases=tuple(_with_text(phase, text) for phase in self.phases))
 
+    def check_given(self) -> None:
+        """Whether nothing is left to ``given``.
+
+        Raises:
+            TrainError: it names the options that say what is.
+        """
+        left = ["--start FOLDER, the checkpoint to start from"] if self.start == _OPEN_START else []
+        paths = [source.path for phase in self.phases if phase.text for source in phase.text.sources]
+        if _OPEN_TEXT in paths:
+            left.append("--text PATH, the text to train on")
+        if left:
+            raise TrainError(f"this recipe leaves open what it runs on; give {' and '.join(left)}")
+
     @property
     def steps(self) -> int:
         """Optimiser steps of all phases."""
@@ -274,6 +304,11 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        shipped = ", ".join(map(str, sorted(_SHIPPED.glob("*.toml"))))
+        raise TrainError(
+            f"no recipe at {path}; give the path of a TOML file, or one that comes along: {shipped}"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise TrainError(f"cannot read recipe {path}: {error}") from error
     return parse_recipe(text, str(path))

@@ -17,7 +17,7 @@ from localdepth_train.recipe import Recipe
 __all__ = ["changes", "settings_of"]
 
 _FREE = re.compile(
-    r"""threads | recompute | shard | compile | save_every | evaluation\..* | start | phases\[\d+\]\.(
+    r"""threads | recompute | shard | compile | save_every | evaluation\..* | start | allow_plain | phases\[\d+\]\.(
         optimizer\.(adamw_lr | muon_lr) |
         tasks\.(evaluate_questions | evaluate_steps) |
         text\.(on_bad_row | held_out_documents | sources\[\d+\]\.path)

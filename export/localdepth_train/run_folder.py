@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +25,7 @@ __all__ = ["RunFolder"]
 log = logging.getLogger(__name__)
 
 _CLOCKS = {"seconds": time.monotonic, "cpu_seconds": time.process_time}
+_DAMAGED = (BadZipFile, zlib.error, EOFError, pickle.UnpicklingError)
 _KEYS = {"settings", "step", "tokens", "flops", "loss", "model", "optimizers", "source", *_CLOCKS}
 
 
@@ -46,7 +48,9 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"cannot make the run folder {self.path}: {error}") from error
+            raise StorageError(
+                f"cannot make the run folder {self.path}: {_reason(error)}; give another place"
+            ) from error
 
     def __enter__(self) -> Self:
         try:
@@ -57,7 +61,9 @@ class RunFolder:
                 f"another run is going on in {self.path}; wait until it ends, or give a new folder"
             ) from error
         except OSError as error:
-            raise StorageError(f"cannot lock the run folder {self.path}: {error}; give another place") from error
+            raise StorageError(
+                f"cannot lock the run folder {self.path}: {_reason(error)}; give another place"
+            ) from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,20 +79,43 @@ class RunFolder:
 
         Where that cannot be read the one before it is taken, and the reader is told.
         """
-        saved = [file for file in (self._state, self._previous) if file.exists()]
-        for file in saved:
+        faults: list[str] = []
+        for file in self._saved:
             try:
                 state = _read(file)
             except TrainError as error:
-                if file is saved[-1]:
-                    raise TrainError(f"{error}; give a new folder to start over") from error
-                if self._writes:
-                    log.warning("%s; going on from the state saved before it", error)
-            else:
-                self._is_sound = file is self._state
-                self._begun = {name: clock() - state[name] for name, clock in _CLOCKS.items()}
-                return state
+                faults.append(str(error))
+                continue
+            if faults and self._writes:
+                log.warning("%s; going on from the state saved before it", faults[0])
+            self._is_sound = file == self._state
+            self._begun = {name: clock() - state[name] for name, clock in _CLOCKS.items()}
+            return state
+        if faults:
+            raise TrainError(f"{'; '.join(faults)}; give a new folder to start over")
+        if self.checkpoint.exists():
+            raise TrainError(
+                f"{self.path} holds the checkpoint of a finished run, which a new one would replace, but no state to "
+                "go on from; give a new folder"
+            )
         return None
+
+    @property
+    def ways_on(self) -> str:
+        """What a run that failed here can go on from, said after another remedy; empty where nothing is saved."""
+        n_saved = len(self._saved)
+        here = ", or go on here from the last saved state" if n_saved else ""
+        before = f"; if that fails too, remove {self._state} to go on from the one before it" if n_saved > 1 else ""
+        return here + before
+
+    @property
+    def _saved(self) -> list[Path]:
+        """The states there are, the last first."""
+        return [file for file in (self._state, self._previous) if file.exists()]
+
+    @property
+    def _kept(self) -> str:
+        return "; the state saved before is kept" if self._saved else ""
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         """Save ``state`` as ``state.pt``; what was there becomes ``state.previous.pt`` if it is known to be sound.
@@ -107,7 +136,8 @@ class RunFolder:
         except (OSError, RuntimeError) as error:  # torch reports a full disk as either
             partial.unlink(missing_ok=True)
             raise StorageError(
-                f"cannot save the run in {self.path}: {error}; the state saved before is kept, make room and go on"
+                f"cannot save the run in {self.path}: {_reason(error)}{self._kept}; put that right, and give the "
+                "same command again"
             ) from error
         self._is_sound = True
 
@@ -122,7 +152,7 @@ class RunFolder:
                 os.truncate(self._log, kept)
         except OSError as error:
             raise StorageError(
-                f"cannot rewind {self._log} to step {step}: {error}; the saved state is kept, make it writable"
+                f"cannot rewind {self._log} to step {step}: {_reason(error)}{self._kept}; make it writable"
             ) from error
 
     def _until(self, step: int, written: bytes) -> Iterator[bytes]:
@@ -134,7 +164,7 @@ class RunFolder:
                 is_later = json.loads(line)["step"] > step
             except (ValueError, KeyError, TypeError) as error:
                 raise TrainError(
-                    f"{self._log}, line {number} is no record: {error!r}; remove the line, the saved state is kept"
+                    f"{self._log}, line {number} is no record: {error!r}; remove the line{self._kept}"
                 ) from error
             if is_later:
                 return
@@ -149,7 +179,10 @@ class RunFolder:
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(timed) + "\n")
         except OSError as error:
-            raise StorageError(f"cannot write {self._log}: {error}; the last saved state is kept") from error
+            raise StorageError(
+                f"cannot write {self._log}: {_reason(error)}{self._kept}; put that right, and give the same command "
+                "again"
+            ) from error
         return timed
 
     def _times(self) -> dict[str, float]:
@@ -161,15 +194,27 @@ def _read(file: Path) -> dict[str, Any]:
 
     Raises:
         TrainError: it holds none, or was damaged.
+        StorageError: this user may not read it.
     """
     try:
         with ZipFile(file) as archive:
             if damaged := archive.testzip():
                 raise BadZipFile(f"{damaged} is not what was saved")
         state: dict[str, Any] = torch.load(file, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, BadZipFile) as error:
-        reason = str(error).partition("\n")[0]
-        raise TrainError(f"cannot read {file}: {reason}") from error
+    except PermissionError as error:
+        raise StorageError(f"cannot read {file}: {_reason(error)}; make it readable for this user") from error
+    except (*_DAMAGED, OSError, RuntimeError, ValueError, KeyError) as error:
+        raise TrainError(f"cannot read {file}: {_reason(error)}") from error
     if not isinstance(state, dict) or not set(state) >= _KEYS:
         raise TrainError(f"{file} is not a state that this version saves")
     return state
+
+
+def _reason(error: BaseException) -> str:
+    """In the system's words where it said something: torch puts errors of its own on top of a full disk."""
+    said: BaseException | None = error
+    while said is not None:
+        if isinstance(said, OSError) and said.strerror:
+            return said.strerror
+        said = said.__context__
+    return str(error).partition("\n")[0] or f"{type(error).__name__}, as of a file that was cut off"

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,9 +16,13 @@ from localdepth_train.recipe import Phase, Recipe
 from localdepth_train.reference import ReferenceModel
 from localdepth_train.start import Start
 from localdepth_train.tasks import evaluation
+from localdepth_train.text.documents import BadRow
 from localdepth_train.text.encoding import DocumentTokenizer
 from localdepth_train.text.held_out import held_out_rows
 from localdepth_train.text.packing import PackedRow
+from localdepth_train.text.settings import OnBadRow, TextRecipe
+from localdepth_train.text.shuffling import refuse
+from localdepth_train.text.sources import open_source as open_text
 from localdepth_train.text.stream import TextStream
 
 __all__ = ["QuestionSource", "Source", "TextSource", "open_source"]
@@ -52,7 +55,7 @@ class Source(Protocol):
 
 
 def open_source(recipe: Recipe, phase: Phase, start: Start, rank: int, size: int) -> Source:
-    """The source of a phase, for one of ``size`` processes; little is read before the first batch.
+    """The source of a phase, for one of ``size`` processes; of a text, what is held out is read here.
 
     Raises:
         TrainError: when the data cannot be opened, or do not fit the model or the number of processes.
@@ -122,6 +125,7 @@ class TextSource:
         self._text = phase.text
         self._tokenizer = DocumentTokenizer.from_folder(recipe.start, config.n_vocab)
         self._stream = TextStream(phase.text, self._tokenizer, seed=recipe.seed, rank=rank, world=size)
+        self._held_out = self._read_held_out()
 
     def draw(self, step: int) -> list[MicroBatch]:
         return [self._batch([next(self._stream) for _ in range(self._rows)]) for _ in range(self._parts)]
@@ -138,9 +142,11 @@ class TextSource:
     def restore(self, state: Mapping[str, Any]) -> None:
         self._stream.restore(state["text"])
 
-    @cached_property
-    def _held_out(self) -> list[MicroBatch]:
-        rows = held_out_rows(self._text, self._tokenizer) if self._text.held_out_one_in else []
+    def _read_held_out(self) -> list[MicroBatch]:
+        if not self._text.held_out_one_in:
+            _check_first_rows(self._text)
+            return []
+        rows = held_out_rows(self._text, self._tokenizer)
         return [self._batch(rows[i : i + _EVALUATION_ROWS]) for i in range(0, len(rows), _EVALUATION_ROWS)]
 
     def _batch(self, rows: Sequence[PackedRow]) -> MicroBatch:
@@ -149,6 +155,14 @@ class TextSource:
             for name in ("ids", "labels", "documents")
         )
         return MicroBatch(ids, labels, documents if self._text.isolate else None)
+
+
+def _check_first_rows(text: TextRecipe) -> None:
+    """Refuse now what the rarest source would be refused for long after the first step."""
+    for source in text.sources:
+        first = next(open_text(source).read(0, 0), None)
+        if isinstance(first, BadRow) and text.on_bad_row is OnBadRow.STOP:
+            refuse(first)
 
 
 def _rows_each(recipe: Recipe, size: int) -> int:

@@ -94,6 +94,8 @@ class Surgery:
         base: the base, as a model that loops once.
         config: the new model, as its checkpoint says.
         layers: of the base, by the place they have now.
+        init: what the injection does at first.
+        has_replaced: an earlier retrofit, not trained since, was in that folder.
     """
 
     path: Path
@@ -101,6 +103,8 @@ class Surgery:
     base: ModelConfig
     config: ModelConfig
     layers: Layers
+    init: Init
+    has_replaced: bool
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -192,6 +196,7 @@ def retrofit(
     tensors = {**_kept(opened, config, layers), **_injected(opened, config, begin, seed)}
     files: dict[str, str | bytes] = {**opened.carried(), **_generation(opened)}
     files[CARD] = _card(opened, layers, source or opened.path.resolve().name, how, begin)
+    has_replaced = Path(out, CARD).exists()  # what has one is refused, or replaced
     path = save(
         out,
         config,
@@ -201,7 +206,7 @@ def retrofit(
         judge=_check_untrained,
         on_progress=on_progress,
     )
-    return Surgery(path, opened.kind, opened.config, Checkpoint(path).config, layers)
+    return Surgery(path, opened.kind, opened.config, Checkpoint(path).config, layers, begin, has_replaced)
 
 
 def _check_untrained(folder: Path) -> None:

@@ -3,6 +3,7 @@
 All give the gradient of the same sum over all micro-batches, so one loop serves them.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from localdepth.memory import available_bytes
 from localdepth_train.reference import Block
 
-__all__ = ["WHOLE", "Alone", "Loss", "Team", "Together", "is_first", "open_team"]
+__all__ = ["WHOLE", "Alone", "Loss", "Team", "Together", "free_bytes", "is_first", "open_team"]
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # however many processes share the model
 
@@ -107,6 +109,7 @@ class Together:
 
     def __init__(self, accelerator: Any, shard: bool) -> None:
         self._accelerator, self._shard = accelerator, shard
+        atexit.register(_leave)  # threads that wait for the others would abort a process that ends
         self.rank, self.size = accelerator.process_index, accelerator.num_processes
         self.device = accelerator.device
 
@@ -154,9 +157,19 @@ class Together:
         return nullcontext() if last else self._accelerator.no_sync(model)
 
 
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def is_first() -> bool:
     """Whether this process is the first, or the only one, of those that were started together."""
     return _n_processes() == 1 or int(os.environ["RANK"]) == 0
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be taken where ``device`` computes."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
 def open_team(threads: int, shard: bool) -> Team:

@@ -1,5 +1,6 @@
 """Frozen dataclasses from TOML tables: no unknown key, none missing that has no default, every value of its type."""
 
+import re
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from localdepth.errors import ConfigError, DepthError, TrainError
 __all__ = ["parse"]
 
 T = TypeVar("T")
+_INDEX = re.compile(r"\[\d+\]")
 
 
 def parse(kind: type[T], text: str, name: str) -> T:
@@ -44,6 +46,9 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if isinstance(kind, UnionType):  # X | None, where None is the absent key
         (kind,) = (one for one in kind.__args__ if one is not NoneType)
     if isinstance(kind, GenericAlias):  # tuple[item, ...]
+        if isinstance(value, dict) and is_dataclass(kind.__args__[0]):
+            table = _INDEX.sub("", where)
+            raise TrainError(f"[{table}] may stand several times; write it with double brackets, [[{table}]]")
         if not isinstance(value, list):
             raise TrainError(f"{where}={value!r} must be a list")
         return tuple(_value(kind.__args__[0], item, f"{where}[{i}]") for i, item in enumerate(value))

@@ -23,7 +23,7 @@ from localdepth.config import StateInit
 from localdepth.errors import TrainError
 from localdepth_train.checkpoint import save
 from localdepth_train.curriculum import backprop_depth_at, lr_multiplier, mean_depth_at
-from localdepth_train.data import MicroBatch
+from localdepth_train.data import MicroBatch, check_room
 from localdepth_train.depth_sampler import Passes, expected_depth, numbered, sample_rows, seeded
 from localdepth_train.evaluation import Evaluation
 from localdepth_train.flops import Flops
@@ -34,7 +34,7 @@ from localdepth_train.resuming import changes, settings_of
 from localdepth_train.run_folder import RunFolder
 from localdepth_train.sources import open_source
 from localdepth_train.start import Start, trained_at
-from localdepth_train.team import WHOLE, is_first, open_team
+from localdepth_train.team import WHOLE, free_bytes, is_first, open_team
 from localdepth_train.terms import Job, Objective, open_teacher
 from localdepth_train.text.packing import IGNORED
 
@@ -45,10 +45,15 @@ __all__ = ["Report", "Trainer", "train"]
 class Report:
     """How a run stands when ``train`` returns.
 
-    ``loss`` is the last step's; ``evaluation`` the last one, None if there was none; ``checkpoint`` is None while steps
-    are left.
+    Attributes:
+        began: the step it went on from, 0 for a new run; that of a finished run is its last.
+        steps: those made so far.
+        loss: the last step's.
+        evaluation: the last one, None if there was none since it began.
+        checkpoint: None while steps are left.
     """
 
+    began: int
     steps: int
     loss: float
     evaluation: Evaluation | None
@@ -63,21 +68,25 @@ def train(
     on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Report:
-    """Run ``recipe`` in ``folder``, going on from what a stopped run left there.
+    """Run ``recipe`` in ``folder``, going on from what a stopped run left there; a finished one stays as it is.
 
     Args:
         until: stop after this step with everything saved; None runs to the recipe's end.
         on_record: sees every record as it was logged, for progress; of several processes in the first alone.
         should_stop: asked after every step; once true, the run is saved and ends early, to be gone on with.
     Raises:
-        TrainError: when the recipe cannot be run, the folder holds or is used by another run, or the loss is no
-            longer a number.
+        TrainError: when the recipe cannot be run or leaves open what on, the folder holds or is used by another run, or
+            the loss is no longer a number.
         CheckpointError: for a start or a teacher that is no checkpoint.
         StorageError: when the folder cannot be written; the last saved state is kept.
     """
+    recipe.check_given()
     with RunFolder(folder, writes=is_first()) as run:
         trainer = Trainer(recipe, run.read_state())
-        run.rewind_log(trainer.step)
+        began = trainer.step
+        if began == recipe.steps and run.checkpoint.is_dir():
+            return Report(began, began, trainer.loss, None, run.checkpoint)
+        run.rewind_log(began)
 
         def tell(record: Mapping[str, Any]) -> None:
             logged = run.log({**trainer.position, **record})
@@ -90,7 +99,10 @@ def train(
         last = recipe.steps if until is None else min(until, recipe.steps)
         stopped = False
         while trainer.step < last and not stopped:
-            tell(trainer.advance())
+            try:
+                tell(trainer.advance())
+            except _Diverged as error:
+                raise TrainError(f"{error}{run.ways_on}") from error
             is_due = trainer.step % recipe.evaluation.every == 0 or trainer.ends_phase
             if is_due and (found := trainer.evaluate()).loss:
                 evaluation = found
@@ -99,7 +111,11 @@ def train(
             if trainer.step % recipe.save_every == 0 or trainer.ends_phase or trainer.step == last or stopped:
                 run.write_state(trainer.state())
         done = trainer.step == recipe.steps
-        return Report(trainer.step, trainer.loss, evaluation, trainer.export(run.checkpoint) if done else None)
+        return Report(began, trainer.step, trainer.loss, evaluation, trainer.export(run.checkpoint) if done else None)
+
+
+class _Diverged(TrainError):
+    """The loss is no longer a number."""
 
 
 class Trainer:
@@ -124,8 +140,9 @@ class Trainer:
         self.changed = {} if state is None else changes(state["settings"], self._settings)
         for depth in recipe.evaluation.depths:
             config.check_depth(depth, measure=True)
-        for phase in recipe.phases:
-            open_teacher(phase.objective, config)  # here, not when its phase begins
+        for phase in recipe.phases:  # here, not when it begins
+            check_room(recipe, phase, config, size, free_bytes(self.team.device))
+            open_teacher(phase.objective, config)
         self._sources = [open_source(recipe, phase, self._start, rank, size) for phase in recipe.phases]
         self._cost = Flops.of(config)
         if recipe.compile:
@@ -168,10 +185,10 @@ class Trainer:
         clipped = nn.utils.clip_grad_norm_(self.objective.parameters(), plan.clip)
         norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise TrainError(
-                f"loss={loss}, gradient_norm={norm} at step {self.step + 1}; lower the learning rates of phase "
-                f"{phase.name!r}, muon_lr={plan.muon_lr} and adamw_lr={plan.adamw_lr}, and go on from the last saved "
-                "state"
+            rates = f"adamw_lr={plan.adamw_lr}" + (f" and muon_lr={plan.muon_lr}" if plan.muon_lr else "")
+            raise _Diverged(
+                f"loss={loss}, gradient_norm={norm} at step {self.step + 1}; lower the learning rate of phase "
+                f"{phase.name!r}, {rates}, and start over in a new folder"
             )
         factor = lr_multiplier(at, phase.steps, plan.warmup, plan.cooldown)
         self.optimizers.step(factor)

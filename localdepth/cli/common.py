@@ -1,6 +1,9 @@
 """What commands share: the application, how errors and interruptions become exit codes."""
 
+import os
 import signal
+import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -23,6 +26,8 @@ __all__ = [
 ]
 
 CHECK_FAILED, INTERRUPTED = 1, 130  # errors bring their own
+_HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+_ENDING = [signal.SIGTERM] if _HANGUP is None else [signal.SIGTERM, _HANGUP]
 
 app = typer.Typer(
     name="localdepth",
@@ -87,20 +92,38 @@ def needs(extra: str) -> Iterator[None]:
 
 
 @contextmanager
-def stop_on_interrupt(on_interrupt: Callable[[], None] = lambda: None) -> Iterator[Event]:
-    """Let the first Ctrl-C only raise a flag, so that work in progress ends well; a second one interrupts."""
+def stop_on_interrupt(on_interrupt: Callable[[], None] = lambda: None, *, on_any: bool = False) -> Iterator[Event]:
+    """Let the first Ctrl-C only raise a flag, so that work in progress ends well; a second one interrupts.
+
+    Args:
+        on_any: SIGTERM and SIGHUP raise it too, however often, unless they are ignored, as under ``nohup``.
+    """
     flag = Event()
+    numbers = [signal.SIGINT, *(each for each in _ENDING if on_any and signal.getsignal(each) is not signal.SIG_IGN)]
 
-    def raise_flag(_number: int, _frame: object) -> None:
-        on_interrupt()
-        flag.set()
+    def raise_flag(number: int, _frame: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == _HANGUP:
+            _leave_terminal()
+        if not flag.is_set():  # a window that closes hangs up twice
+            flag.set()
+            on_interrupt()
 
-    before = signal.signal(signal.SIGINT, raise_flag)
+    before = {each: signal.signal(each, raise_flag) for each in numbers}
     try:
         yield flag
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, old in before.items():
+            signal.signal(each, old)
+
+
+def _leave_terminal() -> None:
+    """Its window was closed, and what is written there from now on would fail."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):
+            os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def brief(value: Any) -> str:

@@ -22,13 +22,14 @@ from localdepth.cli.options import (
     ThreadsOption,
     parse_ints,
 )
-from localdepth.errors import RequestError
+from localdepth.errors import ContextOverflow, RequestError
 from localdepth.loading import load
 from localdepth.memory import as_size
 from localdepth.model import Model
 
 __all__ = ["bench", "curve"]
 
+_FOR_WHOM = "fresh questions are for models trained on such; measure any other on a text with --text FILE"
 _Questions = tuple[list[Any], Callable[[Any, str], bool], str]  # what to ask, the judge, a note for people
 
 
@@ -37,22 +38,25 @@ _Questions = tuple[list[Any], Callable[[Any, str], bool], str]  # what to ask, t
 def curve(
     model: ModelOption = None,
     depths: Annotated[str, typer.Option("--depths", help="Depths to measure.")] = "1,2,3,4,6,8,12,16,32,64",
-    seed: Annotated[int, typer.Option("--seed", help="Of the fresh questions.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Which fresh questions are asked.")] = 0,
     per_cell: Annotated[
         int,
-        typer.Option("--per-cell", min=1, help="Questions per number of steps, of all kinds."),
+        typer.Option("--per-cell", min=1, help="Questions for each number of steps, of all kinds together."),
     ] = 300,
-    steps: Annotated[str, typer.Option("--steps", help="Numbers of steps to ask.")] = "1,2,3,4,5,6,7,8",
-    data: Annotated[Path | None, typer.Option("--data", help="JSONL with question, answer, family, steps.")] = None,
+    steps: Annotated[str, typer.Option("--steps", help="How many steps fresh questions take.")] = "1,2,3,4,5,6,7,8",
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Ask these instead: JSONL with question, answer and, if known, family, steps."),
+    ] = None,
     text: Annotated[
-        str | None, typer.Option("--text", help="Predict this text instead: a file, glob or folder of .txt or .jsonl.")
+        str | None, typer.Option("--text", help="Predict this text instead: file, glob or folder of .jsonl or .txt.")
     ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of the text at most.")] = 16_384,
     engine: EngineOption = "auto",
     n_threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure by depth: accuracy on questions the model has not been trained on, or the loss on a text."""
+    """Measure by depth: right answers to fresh questions of the default model's kinds, or the loss on a text."""
     from localdepth_apps.curve import measure
 
     wanted = parse_ints("depths", depths)
@@ -64,11 +68,17 @@ def curve(
     questions, is_right, note = (
         _questions_from(data) if data else _fresh_questions(seed, per_cell, parse_ints("steps", steps))
     )
-    n_answers = len(questions) * len(wanted)
+    if model and not data:
+        console.notes.print(_FOR_WHOM)
     with console.waiting("loading"):
         loaded = load(model, engine=engine, n_threads=n_threads)
-    with loaded, console.ticking("asking", n_answers) as tick:
-        result = measure(loaded, questions, wanted, is_right, tick)
+    try:
+        with loaded, console.ticking("asking", len(questions) * len(wanted)) as tick:
+            result = measure(loaded, questions, wanted, is_right, tick)
+    except ContextOverflow as error:
+        if data:
+            raise
+        raise ContextOverflow(f"{error}; {_FOR_WHOM}") from error
     if as_json:
         console.notes.print(note)
         console.emit(result.to_dict())
@@ -183,7 +193,8 @@ def _documents(path: str) -> Iterator[str]:
         for row in source.read(part, 0):
             if isinstance(row, BadRow):
                 raise RequestError(f"{row.place} {row.reason}; mend or remove the row")
-            yield row.text
+            if not row.is_blank:
+                yield row.text
 
 
 def _questions_from(file: Path) -> _Questions:

@@ -22,13 +22,16 @@ __all__ = ["train_report"]
 @train_app.command("report")
 @command
 def train_report(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of training runs.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of training runs, one or several.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The figure: .png, .svg or .pdf; RUN/report.png for one run.")
+        Path | None,
+        typer.Option("--out", "-o", help="The figure, .png, .svg or .pdf; without it one run has RUN/report.png."),
     ] = None,
     by_seed: Annotated[
         bool,
-        typer.Option("--group-seeds", help="Average runs whose folders differ only in a last -seed<k> or /seed<k>."),
+        typer.Option(
+            "--group-seeds", help="Average runs that differ only in a last -seed0, -seed1, ... or /seed0, ..."
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> int:
@@ -95,7 +98,7 @@ _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "seconds": ("wall time", duration),
     "tokens_per_second": ("tokens/s", _count),
     "mean_depth": ("mean depth drawn", "{:.2f}".format),
-    "loss": ("training loss, last", _loss),
-    "best_loss": ("training loss, best", _loss),
+    "loss": ("training loss, last (smoothed)", _loss),
+    "best_loss": ("training loss, best (smoothed)", _loss),
 }
 _METRICS: dict[str, Callable[[float], str]] = {"loss": _loss, "accuracy": _share}

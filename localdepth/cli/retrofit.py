@@ -24,12 +24,12 @@ _SHOWN_DEPTHS = (1, 2, 4, 8, 16, 32)
 
 def _presets() -> str:
     """The published choices of layers, a line each."""
-    wide = max(map(len, PRESETS))
-    lines = ["\b", "Presets (prelude, core and coda, of how many layers):"]  # \b keeps the lines as they are
+    rows = [("Presets:", "prelude", "core", "coda", "of a base of")]
     for name, preset in PRESETS.items():
-        spelled = "".join(f"{spell_layers(layers):<7}" for _, layers in preset.layers.stages())
-        lines.append(f"  {name:<{wide}}  {spelled}of {preset.n_layer}")
-    return "\n".join(lines)
+        prelude, core, coda = (spell_layers(layers) for _, layers in preset.layers.stages())
+        rows.append((f"  {name}", prelude, core, coda, f"{preset.n_layer} layers"))
+    lines = (f"{name:<21}{prelude:<9}{core:<7}{coda:<7}{base}" for name, prelude, core, coda, base in rows)
+    return "\n".join(("\b", *lines))  # \b keeps the lines as they are
 
 
 @app.command(epilog=_presets())
@@ -38,22 +38,28 @@ def retrofit(
     base: Annotated[str, typer.Argument(help="Directory of a plain model, or OWNER/NAME[@REVISION] on the Hub.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     prelude: Annotated[
-        str | None, typer.Option("--prelude", help="Layers of the base: 0-3 or 0,2,5-7 or none.")
+        str | None, typer.Option("--prelude", help="Layers before the core, counted from 0: 0-3 or 0,2,5-7 or none.")
     ] = None,
-    core: Annotated[str | None, typer.Option("--core", help="Layers to repeat.")] = None,
+    core: Annotated[str | None, typer.Option("--core", help="Layers to repeat, written the same way.")] = None,
     coda: Annotated[str | None, typer.Option("--coda", help="Layers after the core.")] = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", help="A published choice of layers, one of those below.")
+        str | None, typer.Option("--preset", help="A published choice instead of these three, see below.")
     ] = None,
-    layout: Annotated[str, typer.Option("--layout", help="ours, or published: as the published retrofits.")] = "ours",
-    injection: Annotated[str, typer.Option("--injection", help="concat_linear or add.")] = "concat_linear",
+    layout: Annotated[str, typer.Option("--layout", help="ours, or published: files for the published code.")] = "ours",
+    injection: Annotated[
+        str, typer.Option("--injection", help="How embeds enter a pass: concat_linear or add.")
+    ] = "concat_linear",
     init: Annotated[
-        str, typer.Option("--init", help="paper (drawn), identity (depth 1 is the kept layers), or pass-through.")
+        str,
+        typer.Option(
+            "--init",
+            help="paper: drawn. identity: the kept layers as they are at every depth. pass-through: at depth 1.",
+        ),
     ] = "paper",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the drawn injection.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the draw of --init paper.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a looped model of a Llama, Mistral, OLMo-2, Qwen2 or Qwen3 model: a start for training."""
+    """Make a looped model of a Llama, Mistral, OLMo-2, Qwen2 or Qwen3 model: a start for `train run`."""
     with needs("export"):
         from localdepth_train.surgery import retrofit as run
     folder = _on_this_machine(base)
@@ -84,6 +90,7 @@ def _on_this_machine(base: str) -> Path:
 
     if Path(base).exists():
         return Path(base)
+    console.notes.print(console.plain(f"there is no folder {base} here; asking the Hugging Face Hub for it"))
     with console.tracking_all() as progress:
         return fetch_checkpoint(base, Hub(), _judge, progress, also=CARRIED)
 
@@ -102,6 +109,8 @@ def _record(made: "Surgery") -> dict[str, Any]:
         "kind": made.kind,
         "layers": dict(made.layers.stages()),
         "dropped": made.dropped,
+        "init": made.init,
+        "has_replaced": made.has_replaced,
         "n_params": made.config.n_params,
         "params": made.parameters(),
         "flops_per_token": {depth: cost.flops for depth, cost in costs.items()},
@@ -121,7 +130,10 @@ def _show(made: "Surgery") -> None:
     rows = [(part, spell_layers(places[part]) if part in places else "-", f"{n:,}") for part, n in counts.items()]
     rows += [("dropped", spell_layers(made.dropped), "-"), ("all", "-", f"{made.config.n_params:,}")]
     base = f"{made.kind}, {made.base.n_core} layers, {made.base.n_params:,} parameters"
-    console.say.print(console.plain(f"{made.path}, from {base}\n"))
+    console.say.print(console.plain(f"{made.path}, from {base}"))
+    if made.has_replaced:
+        console.say.print("it replaces the retrofit in that folder, which was not trained")
+    console.say.print(f"injection {made.config.injection}, init {made.init}\n")
     console.show_table(("part", "layers of the base", "parameters"), rows)
     console.say.print()
     costs = [("base", before, 1.0)]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,9 +11,14 @@ from localdepth import console
 from localdepth.cli.common import INTERRUPTED, app, brief, command, needs, stop_on_interrupt
 from localdepth.cli.options import JsonOption
 
+if TYPE_CHECKING:
+    from localdepth_train.recipe import Recipe
+    from localdepth_train.trainer import Report
+
 __all__ = ["duration", "train_app", "train_run"]
 
 _LINE_EVERY_S = 10.0
+_MEASURES = {"loss": "{:.3f}".format, "accuracy": "{:.1%}".format}  # of an evaluation
 
 train_app = typer.Typer(help="Train looped models.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
@@ -33,7 +38,7 @@ def train_run(
     track: Annotated[str | None, typer.Option("--track", help="Also send the log to tensorboard or trackio.")] = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Train a model from a recipe; Ctrl-C saves and stops, the same command goes on."""
+    """Train a model from a recipe; Ctrl-C, SIGTERM or a closed window saves and stops, the same command goes on."""
     with needs("train"):
         from localdepth_train.team import is_first
         from localdepth_train.trainer import train
@@ -44,8 +49,8 @@ def train_run(
     if not speaks:
         console.quiet_pipe()
     with (
-        stop_on_interrupt(_say_stopping if speaks else lambda: None) as interrupted,
-        _following(plan.steps, track, out) if speaks else nullcontext(lambda record: None) as on_record,
+        stop_on_interrupt(_say_stopping if speaks else lambda: None, on_any=True) as interrupted,
+        _following(plan, track, out) if speaks else nullcontext(lambda record: None) as on_record,
     ):
         report = train(plan, out, on_record=on_record, should_stop=interrupted.is_set)
     checkpoint = None if report.checkpoint is None else str(report.checkpoint)
@@ -54,7 +59,7 @@ def train_run(
     if as_json:
         console.emit({"steps": report.steps, "loss": report.loss, "checkpoint": checkpoint})
     elif checkpoint is not None:
-        console.say.print(f"{report.steps} steps, loss {report.loss:.4f}, checkpoint {checkpoint}")
+        console.say.print(_ending(report, checkpoint))
     return INTERRUPTED if checkpoint is None else 0
 
 
@@ -65,12 +70,18 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
+def _ending(report: "Report", checkpoint: str) -> str:
+    if report.began == report.steps:
+        return f"already finished: {report.steps} steps, checkpoint {checkpoint}; give a new folder to train again"
+    return f"{report.steps} steps, loss {report.loss:.4f} at the last, checkpoint {checkpoint}"
+
+
 def _say_stopping() -> None:
     console.notes.print("stopping after this step; press Ctrl-C again to lose it")
 
 
 @contextmanager
-def _following(n_steps: int, track: str | None, out: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def _following(plan: "Recipe", track: str | None, out: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Yields what takes the records of a run: they are shown, and sent to a tracker."""
     from localdepth_train.trackers import tracking
 
@@ -78,7 +89,7 @@ def _following(n_steps: int, track: str | None, out: Path) -> Iterator[Callable[
         console.tracking("training") as show,
         nullcontext(lambda record: None) if track is None else tracking(track, out) as send,
     ):
-        shown = _Shown(n_steps, show)
+        shown = _Shown(plan, show)
 
         def on_record(record: Mapping[str, Any]) -> None:
             send(record)
@@ -90,26 +101,28 @@ def _following(n_steps: int, track: str | None, out: Path) -> Iterator[Callable[
 class _Shown:
     """Progress on standard error: a bar where a person looks, else a line now and then; what is rare stays."""
 
-    def __init__(self, n_steps: int, show: Callable[..., None]) -> None:
-        self._n_steps, self._show = n_steps, show
+    def __init__(self, plan: "Recipe", show: Callable[..., None]) -> None:
+        self._n_steps, self._has_phases, self._show = plan.steps, len(plan.phases) > 1, show
         self._first: Mapping[str, Any] | None = None  # record of a step in this process
         self._next = 0.0  # seconds of the run at the next line
 
     def __call__(self, record: Mapping[str, Any]) -> None:
-        where = f"step {record['step']} of {self._n_steps}"
+        phase = f", {record['phase']}" if self._has_phases else ""
+        where = f"step {record['step']} of {self._n_steps}{phase}"
         if "changed" in record:
             for name, (old, new) in record["changed"].items():
                 console.notes.print(f"{where}, going on with {name} {brief(new)}, which was {brief(old)}")
         elif "evaluation" in record:
-            for measure in ("loss", "accuracy"):
-                if by_depth := record["evaluation"].get(measure):
-                    console.notes.print(f"{where}, {measure} by depth: {brief(by_depth)}")
+            for measure, as_text in _MEASURES.items():
+                if found := record["evaluation"].get(measure):
+                    by_depth = ", ".join(f"depth {depth}: {as_text(value)}" for depth, value in found.items())
+                    console.notes.print(f"{where}, {measure} at {by_depth}")
         else:
-            self._show_step(where, record)
+            self._show_step(where, phase, record)
 
-    def _show_step(self, where: str, record: Mapping[str, Any]) -> None:
+    def _show_step(self, where: str, phase: str, record: Mapping[str, Any]) -> None:
         how = f"loss {record['loss']:.3f}, {record['tokens_per_second']:,} tokens/s, {record['flops']:.2e} FLOPs"
-        self._show(record["step"], self._n_steps, how)
+        self._show(record["step"], self._n_steps, f"{how}{phase}")
         if not console.notes.is_terminal and record["seconds"] >= self._next:
             console.notes.print(f"{where}: {how}{self._left(record)}")
             self._next = record["seconds"] + _LINE_EVERY_S

@@ -110,7 +110,7 @@ def weights_of(repository: Repository, hub: Hub) -> list[str]:
         if repository.is_cached:
             raise MachineError(
                 f"the Hugging Face cache lacks {missing[0]!r:.120} of {repo} and the Hub cannot be asked; connect, "
-                "then pull again"
+                "then try again"
             )
         raise CheckpointError(f"{_INDEX} in {repo} names {missing[0]!r:.120}, which is not beside it; pull another one")
     return names

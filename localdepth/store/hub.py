@@ -188,7 +188,7 @@ class Hub:
         if repository.is_cached:
             raise ModelFileError(
                 f"{path or name} in the Hugging Face cache is damaged, and the Hub cannot be asked for it; "
-                "connect, then pull again"
+                "connect, then try again"
             )
         if path:
             path.unlink()
@@ -241,7 +241,7 @@ class Hub:
                     partial.unlink()
                     raise ModelFileError(
                         f"{repository.repo}/{file.name} arrived with another checksum than the Hub names and was "
-                        "thrown away; pull again"
+                        "thrown away; try again"
                     )
                 partial.replace(blob)
 
@@ -344,7 +344,7 @@ def _translated(error: Exception, what: str) -> LocalDepthError:
     from huggingface_hub import errors
 
     sign_in = "type `hf auth login` or set HF_TOKEN"
-    again = "what has arrived is kept, pull again"
+    again = "what has arrived is kept, try again"
     match error:
         case errors.HFValidationError():
             return RequestError(f"{what} is no name of a repository: {error}; write it as owner/name")
@@ -359,7 +359,7 @@ def _translated(error: Exception, what: str) -> LocalDepthError:
         case errors.LocalEntryNotFoundError():
             return MachineError(f"{what} cannot be reached: {error.__cause__ or error}; check the connection; {again}")
         case errors.EntryNotFoundError():
-            return ModelFileError(f"{what} is not in the repository any more; pull again")
+            return ModelFileError(f"{what} is not in the repository any more; try again")
         case errors.HfHubHTTPError(response=response) if response.status_code in (401, 403):
             return ModelFileError(f"{what} may not be read with this token (status {response.status_code}); {sign_in}")
         case errors.HfHubHTTPError(response=response):

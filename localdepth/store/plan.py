@@ -158,7 +158,7 @@ def _plan_checkpoint(repository: Repository, hub: Hub, converter: Converter | No
     record = read_config(repository, hub)
     kind = record.get("model_type")
     if isinstance(kind, str) and kind.startswith(PLAIN_MODELS):
-        raise CheckpointError(f"{repo} holds a {plain_model(kind, 'it')}")
+        raise CheckpointError(f"{repo} holds a {plain_model(kind, 'BASE, this repository,')}")
     if converter is None:
         raise MissingExtra(f"{repo} is a checkpoint, to be converted; type: {install_line('export')}")
     quant = converter.spell(quant)

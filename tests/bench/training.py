@@ -313,7 +313,8 @@ def member_pace(bench: Bench, launcher: Sequence[str]) -> Pace:
 
 def run_member(bench: Bench) -> None:
     """Train as one of those processes; the first prints how it went."""
-    trainer, pace = Trainer(replace(bench.questions(), threads=2)), Pace()
+    recipe = replace(bench.questions(), threads=2, micro_batches=4)  # as many for each of two processes
+    trainer, pace = Trainer(recipe), Pace()
     torch.set_num_threads(1)
     warm(trainer)
     for _ in range(bench.turns):

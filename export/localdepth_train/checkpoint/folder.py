@@ -90,8 +90,7 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str], recognise: Recognise = recognise) -> None:
         self.path = Path(path)
-        if not os.path.isdir(self.path):
-            raise CheckpointError(f"{self.path} is not a directory; pass the folder that holds {_CONFIG}")
+        _check_folder(self.path)
         self.record = _read_json(self.path / _CONFIG)
         self._entries = _entries(self.path)
         self._layout = recognise(self.record, {name: self.shape(name) for name in self._entries}, self.path)
@@ -196,6 +195,18 @@ class Checkpoint:
                 f"{self.path} says its head is tied, but lm_head.weight differs from the embedding; "
                 "set tie_embeddings, or tie_word_embeddings, to false in config.json if the separate head is meant"
             )
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse what is no checkpoint at first sight, and say where one is."""
+    remedy = f"pass the folder that holds {_CONFIG}"
+    if not os.path.isdir(path):
+        fault = "is not a directory" if os.path.exists(path) else "does not exist"
+        raise CheckpointError(f"{path} {fault}; {remedy}")
+    if not (path / _CONFIG).exists():
+        of_a_run = path / "checkpoint"
+        where = of_a_run if (of_a_run / _CONFIG).exists() else "a training run has it in checkpoint/ once it ends"
+        raise CheckpointError(f"{path} has no {_CONFIG}; {remedy}: {where}")
 
 
 def _shards(path: Path) -> list[Path]:
@@ -321,7 +332,14 @@ def save(
 def rewrite(source: str | os.PathLike[str], out: str | os.PathLike[str], *, layout: str) -> Path:
     """Write a looped checkpoint in another layout, its weights bit for bit as they are.
 
-    What a layout has no place for is lost: the published one knows one depth and no tie, ours no leftovers.
+    There and back is no exact round trip of the config. Ours keeps no leftovers of published files. The published
+    layout has no place for these fields, which read back from it as follows:
+
+    - ``tied_head``: False, the head is written out.
+    - ``trained_mean_depth``: ``default_depth``, with which it shares one number.
+    - ``max_depth``: twice ``default_depth``, and at least 64.
+    - ``auto_min_depth``: 2, or 1 where ``default_depth`` is 1.
+    - ``state_init``: normal where ``state_std`` is above 0, else zeros.
 
     Raises:
         CheckpointError: ``source`` cannot be used.

@@ -83,5 +83,5 @@ def _own_config(record: Mapping[str, Any], path: Path) -> ModelConfig:
 
 def _foreign(kind: Any, path: Path) -> str:
     if isinstance(kind, str) and kind.startswith(PLAIN_MODELS):
-        return f"{path} holds a {plain_model(kind, 'it')}"
+        return f"{path} holds a {plain_model(kind, 'BASE, this folder,')}"
     return f'{path} has model_type {kind!r:.40}; we read "{_PUBLISHED}" (Huginn, retrofits) and "{_OWN}"'

@@ -110,6 +110,7 @@ class TaskGround:
             bf16=True,
             model=model,
             start=start,
+            allow_plain=True,
         )
 
 
@@ -178,6 +179,7 @@ class TextGround:
             phases=(Phase(name="text", steps=steps, depth=depth, optimizer=optimizer, text=text),),
             bf16=True,
             start=str(start),
+            allow_plain=True,
         )
 
 

@@ -27,6 +27,11 @@ class Document:
         """Size of text and prompt together."""
         return len(self.text) + len(self.prompt)
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether there is nothing to learn; such rows are passed over, as blank lines are."""
+        return not self.text or self.text.isspace()
+
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
@@ -46,6 +51,8 @@ def document_from(record: object, source: SourceRecipe, place: str) -> Document 
         if reason := _fault(record[name]):
             return BadRow(place, f"has a field {name!r} that {reason}")
     if source.prompt_field:
+        if empty := [name for name in source.columns if not record[name].strip()]:
+            return BadRow(place, f"has a field {empty[0]!r} that is empty")
         before, after = source.prompt_format.split(PROMPT)
         return Document(record[source.answer_field], record[source.prompt_field], (before, after))
     return Document(record[source.field])
@@ -66,8 +73,6 @@ def _fault(value: object) -> str:
     """Why a field is no text; empty where it is one."""
     if not isinstance(value, str):
         return f"is {type(value).__name__}, not text"
-    if not value.strip():
-        return "is empty"
     try:
         size = len(value.encode())
     except UnicodeEncodeError:

@@ -45,5 +45,5 @@ def _kept(source: SourceRecipe, recipe: TextRecipe) -> Iterator[Document]:
             if isinstance(item, BadRow):
                 if recipe.on_bad_row is OnBadRow.STOP:
                     refuse(item)
-            elif is_held_out(item, recipe.held_out_one_in):
+            elif not item.is_blank and is_held_out(item, recipe.held_out_one_in):
                 yield item

@@ -22,7 +22,7 @@ class Format(StrEnum):
 
 
 class OnBadRow(StrEnum):
-    """What to do with a row that is no document."""
+    """What to do with a row that is no document; one whose text is empty is passed over like a blank line."""
 
     STOP = "stop"
     SKIP = "skip"  # and count it

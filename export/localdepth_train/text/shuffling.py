@@ -112,7 +112,7 @@ class ShuffledDocuments:
                 if self._on_bad is OnBadRow.STOP:
                     refuse(item)
                 skipped += 1
-            elif self._wanted(item):
+            elif not item.is_blank and self._wanted(item):
                 block.append(item)
                 n_chars += item.n_chars
                 if len(block) == self._buffer or n_chars >= _BLOCK_CHARS:
@@ -147,5 +147,6 @@ def refuse(row: BadRow) -> None:
         TrainError: always.
     """
     raise TrainError(
-        f'{row.place} {row.reason}; pass over it with on_bad_row = "skip" and go on, or mend the file and start over'
+        f'{row.place} {row.reason}; pass over such rows with on_bad_row = "skip" in [phases.text] and go on, or mend '
+        "the file and start over"
     )

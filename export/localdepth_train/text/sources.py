@@ -19,7 +19,8 @@ from localdepth_train.text.settings import Format, SourceRecipe
 __all__ = ["Source", "open_source"]
 
 _READERS = {Format.JSONL: read_jsonl, Format.PARQUET: read_parquet, Format.TEXT: read_text}
-_ENDINGS = {".jsonl": Format.JSONL, ".ndjson": Format.JSONL, ".parquet": Format.PARQUET, ".txt": Format.TEXT}
+_KINDS = {".jsonl": Format.JSONL, ".ndjson": Format.JSONL, ".parquet": Format.PARQUET, ".txt": Format.TEXT}
+_ENDINGS = {ending + packed: kind for ending, kind in _KINDS.items() for packed in ("", *COMPRESSIONS)}
 _SAVED = ("state.json", "dataset_dict.json")  # one of these lies in a folder that ``save_to_disk`` wrote
 
 
@@ -28,11 +29,11 @@ class Source(Protocol):
 
     Attributes:
         n_parts: how many files or shards there are.
-        identity: what must be equal for two readings to give the same rows, as JSON.
+        identity: what must be equal for two readings to give the same rows, as JSON, by what to call it.
     """
 
     n_parts: int
-    identity: list[Any]
+    identity: dict[str, Any]
 
     def read(self, part: int, skip: int) -> Iterator[Document | BadRow]:
         """Rows of one part in order, without the first ``skip``.
@@ -59,7 +60,10 @@ class _Files:
         self._recipe = recipe
         self._format, self._paths = _find(recipe)
         self.n_parts = len(self._paths)
-        self.identity = [[path.name, path.stat().st_size] for path in self._paths]
+        self.identity = {
+            "names of files": [path.name for path in self._paths],
+            "sizes of files": [path.stat().st_size for path in self._paths],
+        }
 
     def read(self, part: int, skip: int) -> Iterator[Document | BadRow]:
         return _READERS[self._format](self._paths[part], self._recipe, skip)
@@ -85,7 +89,7 @@ class _Dataset:
         except self._errors as error:
             raise TrainError(f"cannot open the dataset {recipe.path!r}: {error}") from error
         self.n_parts = self._rows.num_shards
-        self.identity = [recipe.path, recipe.subset, recipe.split, self.n_parts]
+        self.identity = {"dataset": [recipe.path, recipe.subset, recipe.split], "number of shards": self.n_parts}
 
     def read(self, part: int, skip: int) -> Iterator[Document | BadRow]:
         name = f"{self._recipe.path}, {self._recipe.split} shard {part + 1} of {self.n_parts}"
@@ -135,11 +139,20 @@ def _find(recipe: SourceRecipe) -> tuple[Format, Sequence[Path]]:
         )
     kinds = sorted({kind for kind in formats.values() if kind})
     if len(kinds) > 1:
-        raise TrainError(f"{recipe.path!r} holds files of several formats ({', '.join(kinds)}); say which with format")
+        base = os.path.join(recipe.path, "**") if folder else os.path.dirname(recipe.path)
+        globs = {kind: repr(os.path.join(base, f"*{_ending(path)}")) for path, kind in formats.items()}
+        raise TrainError(
+            f"{recipe.path!r} holds files of several formats ({', '.join(kinds)}); name those of one: "
+            f"{' or '.join(globs[kind] for kind in kinds)}"
+        )
     return kinds[0], list(formats)
 
 
 def _format(path: Path) -> Format | None:
     """What the ending says, compressed or not."""
-    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSIONS]
-    return _ENDINGS.get(suffixes[-1]) if suffixes else None
+    return _ENDINGS.get(_ending(path))
+
+
+def _ending(path: Path) -> str:
+    """The part of a name that says the format; empty where none does."""
+    return next((ending for ending in _ENDINGS if path.name.endswith(ending)), "")

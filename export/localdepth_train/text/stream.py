@@ -41,7 +41,9 @@ class TextStream(Iterator[PackedRow]):
         self._rank, self._world = rank, world
         self._n_tokens = recipe.n_tokens
         sources = [open_source(source) for source in recipe.sources]
-        self._identity = _digest([seed, _deciding(recipe), tokenizer.identity, [source.identity for source in sources]])
+        self._identity = {"seed": seed, "settings": _digest(_deciding(recipe)), "tokenizer": tokenizer.identity}
+        for what in dict.fromkeys(what for source in sources for what in source.identity):
+            self._identity[what] = _digest([source.identity.get(what) for source in sources])
 
         def wanted(document: Document) -> bool:
             return not is_held_out(document, recipe.held_out_one_in)
@@ -92,12 +94,8 @@ class TextStream(Iterator[PackedRow]):
         Raises:
             TrainError: when it is no state, or one of other settings, another tokenizer or changed files.
         """
-        if not isinstance(state, Mapping) or state.get("identity") != self._identity:
-            raise TrainError(
-                "the saved place belongs to other text: settings, seed, tokenizer, or names and sizes of files differ; "
-                "bring them back, or start over in a new folder"
-            )
         try:
+            self._check_identity(state["identity"])
             marks = tuple(_mark(record) for record in state["sources"])
             self._mixture.seek(marks)
             self._begin(marks, _count(state["done"]))
@@ -105,6 +103,14 @@ class TextStream(Iterator[PackedRow]):
             raise TrainError(
                 f"the saved place in the text is damaged: {error!r}; start over in a new folder"
             ) from error
+
+    def _check_identity(self, saved: Mapping[str, Any]) -> None:
+        saved, now = dict(saved), self._identity
+        if differing := [what for what in {**now, **saved} if now.get(what) != saved.get(what)]:
+            raise TrainError(
+                f"the saved place belongs to other text; what differs: {', '.join(differing)}; bring back what was "
+                "there, or start over in a new folder"
+            )
 
     def _begin(self, marks: tuple[Mark, ...], done: int) -> None:
         self._marks, self._done = marks, done
