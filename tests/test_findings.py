@@ -49,7 +49,7 @@ def test_every_arm_trains_and_is_judged(name: str, arm: str, ground_folder: Path
     make_start(name, next(iter(EXPERIMENTS[name].arms)), GROUND, ground_folder, seed=0)
     make_start(name, arm, GROUND, ground_folder, seed=0)
     looks = run_arm(name, arm, GROUND, ground_folder, seed=0)
-    assert {"1", "32"} <= set(looks[-1]["evaluation"]["loss"])
+    assert {"1", "16"} <= set(looks[-1]["evaluation"]["loss"])
     assert {"1", "8"} <= set(looks[-1]["evaluation"]["cells"]["turn"])
 
 
