@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from localdepth.engine.ggml.lib import INSTALL_LINE, find_libraries, library
+from localdepth.engine.onnx.session import INSTALL_LINE as ONNX_INSTALL_LINE
+from localdepth.engine.onnx.session import onnxruntime
 from localdepth.errors import LocalDepthError, ModelFileError, install_line
 from localdepth.loading import load
 from localdepth.memory import as_size, available_bytes
@@ -18,7 +20,7 @@ __all__ = ["Finding", "Health", "examine"]
 
 _EXTRAS = {
     "gguf": ("llama_cpp",),
-    "export": ("safetensors", "ml_dtypes", "llama_cpp"),
+    "export": ("safetensors", "ml_dtypes", "onnx", "llama_cpp"),
     "train": ("torch", "safetensors", "ml_dtypes"),
 }
 _TRIAL = "The lift is on floor 4. Go up 3. Go down 1. Which floor is the lift on?"
@@ -36,13 +38,13 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """All findings; ``ready`` when a model file can be run."""
+    """All findings; ``ready`` when a model can be run."""
 
     findings: tuple[Finding, ...]
 
     @property
     def ready(self) -> bool:
-        return all(finding.good for finding in self.findings if finding.name in ("python", "ggml", "default model"))
+        return all(finding.good for finding in self.findings if finding.name in ("python", "default model"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -52,7 +54,7 @@ class Health:
 def examine() -> Health:
     """Look at interpreter, machine, libraries, extras, and let the default model answer once."""
     extras = tuple(_extra(name, modules) for name, modules in _EXTRAS.items())
-    return Health((_python(), _machine(), _ggml(), *extras, _default_model()))
+    return Health((_python(), _machine(), _onnx(), _ggml(), *extras, _default_model()))
 
 
 def _python() -> Finding:
@@ -67,7 +69,18 @@ def _machine() -> Finding:
     return Finding("machine", True, seen)
 
 
+def _onnx() -> Finding:
+    try:
+        seen = f"onnxruntime {onnxruntime().__version__}, runs folders of ONNX graphs"
+    except LocalDepthError as error:
+        return Finding("onnx", False, str(error), ONNX_INSTALL_LINE)
+    return Finding("onnx", True, seen)
+
+
 def _ggml() -> Finding:
+    if find_libraries() is None:
+        seen = "not installed; it runs GGUF files, large models faster than ONNX Runtime, on a GPU where it has one"
+        return Finding("ggml", False, seen, INSTALL_LINE)
     try:
         lib = library()
     except LocalDepthError as error:
@@ -98,10 +111,11 @@ def _versioned(module: str) -> str:
 
 
 def _default_model() -> Finding:
+    engine = "ggml" if find_libraries() else "onnx"
     try:
         with load() as model:
             answer = model.generate(_TRIAL, max_tokens=16)
     except LocalDepthError as error:
-        remedy = "install localdepth again" if isinstance(error, ModelFileError) else "see ggml above"
+        remedy = "install localdepth again" if isinstance(error, ModelFileError) else f"see {engine} above"
         return Finding("default model", False, str(error), remedy)
-    return Finding("default model", True, f"answers {answer.text.strip()!r} at depth {answer.depth}")
+    return Finding("default model", True, f"answers {answer.text.strip()!r} at depth {answer.depth} with {engine}")

@@ -19,7 +19,7 @@ import math
 import mmap as mapping
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from mmap import PAGESIZE, mmap
 from pathlib import Path
@@ -34,6 +34,7 @@ from localdepth.config import PLAIN_MODELS, ModelConfig, plain_model
 from localdepth.errors import ConfigError, ModelFileError
 from localdepth.gguf_container import StoredTensor, Value, damaged, map_file, read_header, read_tensors
 from localdepth.quant import Quant
+from localdepth.record import PROVENANCE_KINDS, Check, CheckStatus, Provenance, TokenizerRecord
 
 __all__ = [
     "ARCHITECTURE",
@@ -41,15 +42,10 @@ __all__ = [
     "FORMAT_VERSION",
     "NAMESPACE",
     "PROVENANCE",
-    "PROVENANCE_KINDS",
     "ROUTER",
-    "Check",
-    "CheckStatus",
     "GgufFile",
     "Key",
-    "Provenance",
     "TensorInfo",
-    "TokenizerRecord",
     "read",
 ]
 
@@ -59,12 +55,6 @@ NAMESPACE = f"{ARCHITECTURE}."
 PROVENANCE = f"{NAMESPACE}provenance."
 CHECK = f"{NAMESPACE}check."
 ROUTER = f"{NAMESPACE}router."
-
-Provenance = Mapping[str, str | tuple[str, ...]]
-PROVENANCE_KINDS: Mapping[str, type[str] | type[tuple[str, ...]]] = {
-    **dict.fromkeys(("source", "license", "exporter", "quant", "importance"), str),
-    "fallbacks": tuple,  # of "tensor: Q8_0 -> F16"
-}
 
 _MAX_SHOWN = 3  # names in a message
 _MAX_OPTION = 40  # characters; no option is called longer
@@ -85,14 +75,6 @@ class Key(StrEnum):
     CHAT_TEMPLATE = Keys.Tokenizer.CHAT_TEMPLATE
 
 
-class CheckStatus(StrEnum):
-    """What comparing the file with the reference gave."""
-
-    VERIFIED = "verified"
-    FAILED = "failed"
-    UNVERIFIED = "unverified"  # nobody compared it
-
-
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One tensor: row-major shape ``[out, in]`` or ``[n]``, ``n_bytes`` bytes at byte ``offset`` of the file."""
@@ -102,52 +84,6 @@ class TensorInfo:
     quant: Quant
     offset: int
     n_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerRecord:
-    """The tokenizer as the file holds it.
-
-    ``json`` is the text of a Hugging Face tokenizer.json; ``eos`` may hold several ids, the first is the
-    one other programs read.
-    """
-
-    json: str
-    bos: int | None = None
-    eos: tuple[int, ...] = ()
-    add_bos: bool = False
-    chat_template: str | None = None
-
-    def check_ids(self, n_vocab: int) -> None:
-        """Raise ConfigError for an id outside the vocabulary, or a start token wanted but not named."""
-        ids = (*self.eos, *(() if self.bos is None else (self.bos,)))
-        if wrong := [i for i in ids if not 0 <= i < n_vocab]:
-            raise ConfigError(f"token id {wrong[0]} of the tokenizer is outside 0..{n_vocab - 1}")
-        if self.add_bos and self.bos is None:
-            raise ConfigError(f"{Key.ADD_BOS} is true, {Key.BOS_ID} is missing")
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """Logits of the file against the reference, depth by depth.
-
-    ``max_abs`` is the largest difference, ``kl`` the mean KL divergence in nats, ``top1`` the share of
-    positions with the same best token.
-    """
-
-    status: CheckStatus
-    depths: tuple[int, ...] = ()
-    max_abs: tuple[float, ...] = ()
-    kl: tuple[float, ...] = ()
-    top1: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if {len(self.max_abs), len(self.kl), len(self.top1)} != {len(self.depths)}:
-            raise ConfigError(f"{CHECK}*: one value of each kind is needed for each of the depths {self.depths}")
-        if (self.status is CheckStatus.UNVERIFIED) != (not self.depths):
-            raise ConfigError(f"{CHECK}status is {self.status} with {len(self.depths)} depths compared")
-        if self.status is CheckStatus.VERIFIED and not all(map(math.isfinite, (*self.max_abs, *self.kl, *self.top1))):
-            raise ConfigError(f"{CHECK}status is {self.status} with numbers that are not finite")
 
 
 @dataclass(eq=False, slots=True)
@@ -203,22 +139,16 @@ class GgufFile:
             self.let_go(name)
         return digest.hexdigest() == self.checksum
 
-    def summary(self) -> dict[str, Any]:
-        """What the file holds, as plain values for people and JSON."""
+    @property
+    def n_bytes(self) -> int:
+        return self.path.stat().st_size
+
+    @property
+    def bytes_by_quant(self) -> dict[str, int]:
         by_quant: dict[str, int] = {}
         for info in self.tensors.values():
             by_quant[info.quant] = by_quant.get(info.quant, 0) + info.n_bytes
-        return {
-            "config": self.config.to_dict(),
-            "n_params": self.config.n_params,
-            "n_bytes": self.path.stat().st_size,
-            "bytes_by_quant": by_quant,
-            "tokenizer": self.tokenizer is not None,
-            "chat_template": bool(self.tokenizer and self.tokenizer.chat_template),
-            "provenance": dict(self.provenance),
-            "checksum": self.checksum,
-            "check": None if self.check is None else asdict(self.check),
-        }
+        return by_quant
 
     def close(self) -> None:
         """Let go of the file; views handed out by ``data`` stay valid and keep it mapped until they die."""

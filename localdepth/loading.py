@@ -1,4 +1,4 @@
-"""From a file, or the name of one, to a loaded model: which file, which engine, which limits."""
+"""From a file or folder, or the name of one, to a loaded model: which engine, which limits."""
 
 import os
 from collections.abc import Sequence
@@ -12,40 +12,57 @@ from localdepth.config import ModelConfig
 from localdepth.engine.base import Engine, KvType, Limits
 from localdepth.engine.ggml.device import DeviceName
 from localdepth.engine.ggml.engine import GgmlEngine
-from localdepth.engine.ggml.lib import library
-from localdepth.engine.ggml.plan import Planner
+from localdepth.engine.ggml.lib import find_libraries, library
+from localdepth.engine.ggml.plan import Planner as GgmlPlanner
+from localdepth.engine.onnx.engine import OnnxEngine
+from localdepth.engine.onnx.plan import Planner as OnnxPlanner
 from localdepth.engine.toy import ToyEngine
 from localdepth.errors import ConfigError, ModelFileError
-from localdepth.gguf import GgufFile, read
+from localdepth.gguf import GgufFile
+from localdepth.gguf import read as read_gguf
 from localdepth.memory import MemoryPlan
 from localdepth.model import Model
+from localdepth.onnx_folder import OnnxFolder, is_folder
+from localdepth.onnx_folder import read as read_folder
 from localdepth.policy.base import DepthPolicy
 from localdepth.prompt import PromptReader
+from localdepth.record import ModelFile
 from localdepth.store.folder import DEFAULT_NAME, find
 from localdepth.threads import choose_threads
 
-__all__ = ["DEFAULT_MODEL", "EngineName", "inspect", "load", "locate", "plan", "plan_file"]
+__all__ = [
+    "DEFAULT_FOLDER",
+    "DEFAULT_MODEL",
+    "EngineName",
+    "inspect",
+    "load",
+    "locate",
+    "open_model",
+    "plan",
+    "plan_file",
+]
 
-DEFAULT_MODEL = "default.gguf"  # inside localdepth/models
+DEFAULT_MODEL, DEFAULT_FOLDER = "default.gguf", "default.onnx"  # the same model twice, inside localdepth/models
 _E = TypeVar("_E", bound=StrEnum)
 _DEFAULT_N_CTX = 4096  # longest context that is taken without being asked for
 
 
 class EngineName(StrEnum):
-    """Which engine runs a file; "auto" takes the fastest that can."""
+    """Which engine runs a file; "auto" takes the one that is made for its kind."""
 
     AUTO = "auto"
-    GGML = "ggml"
+    GGML = "ggml"  # GGUF files; the fastest, an extra
+    ONNX = "onnx"  # folders of ONNX graphs; installed with the package
     TOY = "toy"  # numpy, slow; needs no compiler
 
 
 def inspect(path: str | os.PathLike[str]) -> ModelConfig:
-    """What a model file holds, without loading its weights.
+    """What a model file or folder holds, without loading its weights.
 
     Raises:
         ModelFileError: missing, damaged, or no looped model.
     """
-    with read(locate(path)) as file:
+    with open_model(locate(path)) as file:
         return file.config
 
 
@@ -58,7 +75,7 @@ def load(
     n_threads: int | None = None,
     ring: int | None = None,
     kv_depth: int | None = None,
-    kv_type: str = "f16",
+    kv_type: str | None = None,
     low_memory: bool = False,
     memory_limit: int | None = None,
     policy: DepthPolicy | None = None,
@@ -66,14 +83,15 @@ def load(
     """Load a model file.
 
     Args:
-        model: path of a GGUF file, or the name of a stored model; None is the default model of the package.
-        engine: "auto", "ggml" or "toy".
+        model: path of a GGUF file or a folder of ONNX graphs, or the name of a stored model; None is the default model
+            of the package, as GGUF where ggml is installed, else as ONNX.
+        engine: "auto", "ggml" (GGUF files), "onnx" (folders) or "toy" (either).
         device: "auto" (a GPU where ggml was built for one), "cpu" or "gpu".
         n_ctx: positions a sequence may hold; None takes the model's own, at most 4096.
         n_threads: compute threads; None takes what the size of the model and the cores suggest.
         ring: share K/V between passes in a ring of this many planes; None keeps a plane per pass.
         kv_depth: deepest pass the cache makes room for; None is the measuring range, max(64, max_depth).
-        kv_type: "f16" or "f32".
+        kv_type: "f16", or "f32", which is all that ONNX Runtime can; None takes the smaller one that the engine has.
         low_memory: no copies of weights in faster layouts.
         memory_limit: bytes to stay within; None takes what the machine has free.
         policy: what ``depth="auto"`` means; None takes what the file brings.
@@ -88,7 +106,7 @@ def load(
         raise ConfigError(f"policy={policy!r} has no decide method; pass a DepthPolicy, or depth= with each request")
     name = _choice(EngineName, "engine", engine)
     place = _choice(DeviceName, "device", device)
-    with read(locate(model)) as file:
+    with open_model(locate(model, name)) as file:
         limits = _limits(file, n_ctx, n_threads, ring, kv_depth, kv_type, low_memory, memory_limit)
         reader = PromptReader(file.tokenizer, file.config.n_vocab)
         return Model(_start(name, file, limits, place), reader, policy)
@@ -100,7 +118,7 @@ def plan(
     depth: int | None = None,
     n_ctx: int | None = None,
     ring: int | None = None,
-    kv_type: str = "f16",
+    kv_type: str | None = None,
     low_memory: bool = False,
 ) -> MemoryPlan:
     """What ``load`` with these settings would take of the memory, without loading.
@@ -111,28 +129,44 @@ def plan(
         ModelFileError, ConfigError, MissingExtra: as ``load``.
         DepthError: outside the measuring range.
     """
-    with read(locate(model)) as file:
+    with open_model(locate(model)) as file:
         wanted = file.config.default_depth if depth is None else depth
         return plan_file(file, [wanted], n_ctx=n_ctx, ring=ring, kv_type=kv_type, low_memory=low_memory)[0]
 
 
 def plan_file(
-    file: GgufFile, depths: Sequence[int], *, n_ctx: int | None, ring: int | None, kv_type: str, low_memory: bool
+    file: OnnxFolder | GgufFile,
+    depths: Sequence[int],
+    *,
+    n_ctx: int | None,
+    ring: int | None,
+    kv_type: str | None,
+    low_memory: bool,
 ) -> list[MemoryPlan]:
-    """The same for an open file, at several depths."""
+    """The same for an open file or folder, at several depths."""
     for depth in depths:
         file.config.check_depth(depth, measure=True)
-    planner = Planner(library(), file, _limits(file, n_ctx, None, ring, None, kv_type, low_memory, None))
+    limits = _limits(file, n_ctx, None, ring, None, kv_type, low_memory, None)
+    planner = OnnxPlanner(file, limits) if isinstance(file, OnnxFolder) else GgmlPlanner(library(), file, limits)
     return [planner.plan(depth) for depth in depths]
 
 
+def open_model(path: Path) -> OnnxFolder | GgufFile:
+    """Open a model file, or a folder of ONNX graphs.
+
+    Raises:
+        ModelFileError: missing, damaged, or no looped model.
+    """
+    return read_folder(path) if path.is_dir() else read_gguf(path)
+
+
 def _limits(
-    file: GgufFile,
+    file: ModelFile,
     n_ctx: int | None,
     n_threads: int | None,
     ring: int | None,
     kv_depth: int | None,
-    kv_type: str,
+    kv_type: str | None,
     low_memory: bool,
     memory_limit: int | None,
 ) -> Limits:
@@ -144,29 +178,53 @@ def _limits(
         n_ctx=int(n_ctx or min(config.n_ctx, _DEFAULT_N_CTX)),
         kv_depth=config.measure_depth if kv_depth is None else kv_depth,
         ring=ring,
-        kv_type=_choice(KvType, "kv_type", kv_type),
+        kv_type=_kv_type(file) if kv_type is None else _choice(KvType, "kv_type", kv_type),
         n_threads=choose_threads(core) if n_threads is None else n_threads,
         low_memory=low_memory,
         memory_limit=memory_limit,
     )
 
 
-def _start(name: EngineName, file: GgufFile, limits: Limits, device: DeviceName) -> Engine:
+def _kv_type(file: ModelFile) -> KvType:
+    return KvType.F32 if isinstance(file, OnnxFolder) else KvType.F16
+
+
+def _start(name: EngineName, file: OnnxFolder | GgufFile, limits: Limits, device: DeviceName) -> Engine:
     if name is EngineName.TOY:
-        if device is DeviceName.GPU:
-            raise ConfigError('the toy engine runs on the CPU alone; use engine="ggml" (--engine ggml) with a GPU')
-        return ToyEngine(file.config, {tensor: file.array(tensor) for tensor in file.tensors}, limits)
+        _check_device(name, device)
+        return ToyEngine(file.config, {tensor: file.array(tensor) for tensor in file.config.tensors()}, limits)
+    if isinstance(file, OnnxFolder):
+        _check_device(name, device)
+        if name is EngineName.GGML:
+            raise ConfigError(
+                f'engine="ggml" runs GGUF files and {file.path} is a folder of ONNX graphs; leave the engine out, or '
+                f"make a file of the checkpoint or of this folder: localdepth export gguf {file.path} -o model.gguf"
+            )
+        return OnnxEngine(file, limits)
+    if name is EngineName.ONNX:
+        raise ConfigError(
+            f'engine="onnx" runs folders of ONNX graphs and {file.path} is a GGUF file; leave the engine out, or '
+            f"make a folder of the checkpoint or of this file: localdepth export onnx {file.path} -o FOLDER"
+        )
     return GgmlEngine(file, limits, device)
 
 
-def locate(model: str | os.PathLike[str] | None) -> Path:
-    """The file that a path, or the name of a stored model, stands for; None is the default model.
+def _check_device(name: EngineName, device: DeviceName) -> None:
+    if device is DeviceName.GPU:
+        kind = "toy engine" if name is EngineName.TOY else "ONNX engine"
+        raise ConfigError(f'the {kind} runs on the CPU alone; use a GGUF file and engine="ggml" with a GPU')
 
+
+def locate(model: str | os.PathLike[str] | None, engine: EngineName = EngineName.AUTO) -> Path:
+    """The file or folder that a path, or the name of a stored model, stands for; None is the default model.
+
+    Args:
+        engine: that will run it.
     Raises:
-        ModelFileError: a directory, or nothing that names a file.
+        ModelFileError: another directory, or nothing that names a file.
     """
     if model is None or (str(model) == DEFAULT_NAME and not os.path.exists(model)):
-        return Path(str(files("localdepth") / "models" / DEFAULT_MODEL))
+        return Path(str(files("localdepth") / "models" / _default_model(engine)))
     try:
         path = Path(model)
     except TypeError:
@@ -175,13 +233,20 @@ def locate(model: str | os.PathLike[str] | None) -> Path:
         return stored
     if str(model) != "" and not os.path.lexists(path):
         raise ModelFileError(f"{path}: no such file, and no stored model of that name; see `localdepth models list`")
-    if str(model) == "" or os.path.isdir(path):
+    if str(model) == "" or (os.path.isdir(path) and not is_folder(path)):
         checkpoint = path / "checkpoint" if (path / "checkpoint").is_dir() else path  # a training run has one inside
         raise ModelFileError(
-            f"{path} is a directory, not a model file; make one of a checkpoint with: "
-            f"localdepth export gguf {checkpoint} -o model.gguf"
+            f"{path} is a directory, not a model file or folder; make one of a checkpoint with: "
+            f"localdepth export gguf {checkpoint} -o model.gguf, or localdepth export onnx {checkpoint} -o FOLDER"
         )
     return path
+
+
+def _default_model(engine: EngineName) -> str:
+    """As what the default model is loaded."""
+    if engine is EngineName.AUTO:
+        return DEFAULT_MODEL if find_libraries() else DEFAULT_FOLDER
+    return DEFAULT_FOLDER if engine is EngineName.ONNX else DEFAULT_MODEL
 
 
 def _choice(kind: type[_E], name: str, value: str) -> _E:

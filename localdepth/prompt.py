@@ -9,7 +9,7 @@ import numpy as np
 
 from localdepth.chat import ChatTemplate
 from localdepth.errors import PromptError
-from localdepth.gguf import TokenizerRecord
+from localdepth.record import TokenizerRecord
 from localdepth.tokenizer import Tokenizer
 
 __all__ = ["Prompt", "PromptReader", "Reading", "build_tokenizer"]

@@ -10,9 +10,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from localdepth.engine.toy import random_weights
-from localdepth.gguf import TokenizerRecord
 from localdepth.loading import load
 from localdepth.model import Model
+from localdepth.record import TokenizerRecord
 from tests import engines
 from tests.published import EXPECTED
 

@@ -11,18 +11,25 @@ from localdepth.config import ModelConfig
 from localdepth.engine.base import F32, Engine, KvType, Limits
 from localdepth.engine.ggml.engine import GgmlEngine
 from localdepth.engine.ggml.quantize import quantize
+from localdepth.engine.onnx.engine import OnnxEngine
 from localdepth.engine.toy import ToyEngine
-from localdepth.gguf import Provenance, TokenizerRecord, read
+from localdepth.gguf import read
 from localdepth.loop import forward
+from localdepth.onnx_folder import read as read_folder
+from localdepth.onnx_layout import Layout
 from localdepth.policy.base import Decision
 from localdepth.quant import Quant
+from localdepth.record import Provenance, TokenizerRecord
 from localdepth_export.gguf_writer import write
+from localdepth_export.onnx_graphs import folder as onnx_folder
+from localdepth_export.onnx_graphs.source import Source
+from localdepth_export.onnx_graphs.weights import as_pieces
 from localdepth_train.reference import ReferenceModel
 from localdepth_train.reference_engine import ReferenceEngine
 
-__all__ = ["KINDS", "fixed", "greedy", "make", "reference_of", "run", "write_model"]
+__all__ = ["KINDS", "fixed", "greedy", "make", "reference_of", "run", "write_folder", "write_model"]
 
-KINDS = ("reference", "toy", "ggml")
+KINDS = ("reference", "toy", "ggml", "onnx")
 
 
 def reference_of(config: ModelConfig, weights: Mapping[str, F32]) -> ReferenceModel:
@@ -47,6 +54,32 @@ def write_model(
     return path
 
 
+def write_folder(
+    path: Path,
+    config: ModelConfig,
+    weights: Mapping[str, F32],
+    bits: int = 32,
+    tokenizer: TokenizerRecord | None = None,
+    depth: int = 1,
+) -> Path:
+    """A folder of ONNX graphs."""
+    layout = Layout(config, bits)
+    onnx_folder.write_folder(
+        Source(
+            kind="test",
+            config=config,
+            layout=layout,
+            encode=lambda name: as_pieces(name, weights[name], layout.bits[name]),
+            tokenizer=tokenizer,
+            files={"tokenizer.json": tokenizer.json.encode()} if tokenizer else {},
+            provenance={"source": "test"},
+        ),
+        path,
+        depth,
+    )
+    return path
+
+
 def make(kind: str, config: ModelConfig, weights: Mapping[str, F32], folder: Path, **limits: object) -> Engine:
     """An engine of ``kind``; a float32 cache and one thread unless told otherwise."""
     settings = {"n_ctx": min(config.n_ctx, 64), "kv_depth": 64, "kv_type": KvType.F32, **limits}
@@ -55,6 +88,9 @@ def make(kind: str, config: ModelConfig, weights: Mapping[str, F32], folder: Pat
         return ReferenceEngine(reference_of(config, weights), made)
     if kind == "toy":
         return ToyEngine(config, weights, made)
+    if kind == "onnx":
+        with read_folder(write_folder(folder / "model", config, weights)) as opened:
+            return OnnxEngine(opened, made)
     with read(write_model(folder / "model.gguf", config, weights)) as file:
         return GgmlEngine(file, made)
 

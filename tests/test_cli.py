@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from localdepth.engine.toy import random_weights
-from localdepth.gguf import TokenizerRecord, read
+from localdepth.gguf import read
 from localdepth.loading import load
+from localdepth.record import TokenizerRecord
 from localdepth.sampling import Sampling
 from localdepth_train.tasks.families import FAMILIES
 from tests import engines
@@ -114,7 +115,7 @@ def test_ask_takes_every_engine_setting(model_file: Path) -> None:
         (("hi", "--depth", "fast"), "quick, deep"),
         (("",), "empty"),
         (("the cat " * 100,), "n_ctx=64"),
-        (("hi", "--engine", "cuda"), "auto, ggml, toy"),
+        (("hi", "--engine", "cuda"), "auto, ggml, onnx, toy"),
         (("hi", "--max-tokens", "0"), "max_tokens=0"),
         (("hi", "--temperature", "-1"), "temperature=-1"),
         (("hi", "--top-p", "2"), "top_p=2"),

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from localdepth.conversation import Conversation, Exchange
 from localdepth.engine.toy import random_weights
 from localdepth.errors import ContextOverflow, DepthError, PromptError, RequestError
-from localdepth.gguf import TokenizerRecord
 from localdepth.loading import inspect, load
 from localdepth.model import Model
+from localdepth.record import TokenizerRecord
 from localdepth.sampling import Sampling
 from tests import engines
 from tests.conftest import tokenizer_json

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from localdepth.gguf import CheckStatus, read
+from localdepth.gguf import read
 from localdepth.loading import DEFAULT_MODEL, load
+from localdepth.record import CheckStatus
 from localdepth_apps.curve import Curve, measure
 from localdepth_train.tasks import Split, evaluation, is_right, overlap
 from localdepth_train.tasks.families import FAMILIES

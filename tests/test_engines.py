@@ -23,7 +23,8 @@ from tests.strategies import configs
 
 ATOL = 1e-4  # float32, relative to logits of size one; sums run in another order
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
-BOTH = pytest.mark.parametrize("kind", ["toy", "ggml"])
+ALL = pytest.mark.parametrize("kind", ["toy", "ggml", "onnx"])
+NATIVE = pytest.mark.parametrize("kind", ["ggml", "onnx"])
 
 
 def engine_of(kind: str, folder: Path, family: str = "huginn", **limits: object) -> Engine:
@@ -46,11 +47,11 @@ def test_all_engines_agree_on_any_model(config: ModelConfig, seed: int, depth: i
             [results[kind]] = engines.run(engine, ids, [depth], state)
             engine.close()
     scale = max(1.0, float(np.abs(results["reference"]).max()))
-    for kind in ("toy", "ggml"):
+    for kind in ("toy", "ggml", "onnx"):
         np.testing.assert_allclose(results[kind] / scale, results["reference"] / scale, atol=ATOL, rtol=0)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_equals_uncached_for_a_plane_per_pass(kind: str, family: str, tmp_path: Path) -> None:
     engine = engine_of(kind, tmp_path, family)
@@ -63,7 +64,7 @@ def test_cached_equals_uncached_for_a_plane_per_pass(kind: str, family: str, tmp
     engine.close()
 
 
-@BOTH
+@ALL
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(depths=st.lists(st.integers(1, 7), min_size=2, max_size=6), ring=st.sampled_from([None, 1, 2, 3]))
 def test_mixed_depths_equal_the_reference(kind: str, depths: list[int], ring: int | None, tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_mixed_depths_equal_the_reference(kind: str, depths: list[int], ring: in
     engine.close()
 
 
-@BOTH
+@ALL
 def test_spans_of_several_sequences_do_not_disturb_each_other(kind: str, tmp_path: Path) -> None:
     engine = engine_of(kind, tmp_path)
     prompts = [np.array(ids, np.int32) for ids in ([5], [7, 8, 9], [11])]
@@ -95,7 +96,7 @@ def test_spans_of_several_sequences_do_not_disturb_each_other(kind: str, tmp_pat
     engine.close()
 
 
-@BOTH
+@ALL
 def test_a_dropped_span_leaves_no_trace(kind: str, tmp_path: Path) -> None:
     engine = engine_of(kind, tmp_path)
     expected = engines.greedy(engine, IDS, [3, 3])
@@ -110,7 +111,7 @@ def test_a_dropped_span_leaves_no_trace(kind: str, tmp_path: Path) -> None:
     engine.close()
 
 
-@BOTH
+@ALL
 def test_truncate_and_fork_continue_as_if_nothing_came_after(kind: str, tmp_path: Path) -> None:
     engine = engine_of(kind, tmp_path)
     kv = engine.open(3)
@@ -125,7 +126,7 @@ def test_truncate_and_fork_continue_as_if_nothing_came_after(kind: str, tmp_path
     engine.close()
 
 
-@BOTH
+@ALL
 def test_logits_are_memoised_until_the_pass_moves(kind: str, tmp_path: Path) -> None:
     engine = engine_of(kind, tmp_path)
     kv = engine.open(3)
@@ -142,7 +143,7 @@ def test_logits_are_memoised_until_the_pass_moves(kind: str, tmp_path: Path) -> 
     engine.close()
 
 
-@BOTH
+@ALL
 def test_change_is_the_relative_step_of_the_state(kind: str, tmp_path: Path) -> None:
     engine = engine_of(kind, tmp_path)
     [span] = engine.prelude([(engine.open(4), np.array(IDS, np.int32))], [None])
@@ -157,7 +158,7 @@ def test_change_is_the_relative_step_of_the_state(kind: str, tmp_path: Path) -> 
     engine.close()
 
 
-@BOTH
+@ALL
 def test_an_exit_stops_between_floor_and_ceiling(kind: str, tmp_path: Path) -> None:
     class Settled:
         needs = frozenset({"change", "logits"})
@@ -176,7 +177,7 @@ def test_an_exit_stops_between_floor_and_ceiling(kind: str, tmp_path: Path) -> N
     engine.close()
 
 
-@BOTH
+@ALL
 def test_requests_beyond_the_limits_are_refused(kind: str, tmp_path: Path) -> None:
     engine = engine_of(kind, tmp_path, n_ctx=8, kv_depth=4)
     with pytest.raises(DepthError, match="kv_depth=4"):
@@ -221,11 +222,12 @@ def test_cache_bytes_are_what_planes_take(tmp_path: Path) -> None:
     ring.close()
 
 
-def test_threads_and_chunks_do_not_change_the_tokens(tmp_path: Path) -> None:
+@NATIVE
+def test_threads_and_chunks_do_not_change_the_tokens(kind: str, tmp_path: Path) -> None:
     prompt = list(np.random.default_rng(0).integers(0, 90, 50))
     results = []
     for n_threads, n_batch in ((1, 256), (2, 256), (1, 7), (2, 16)):
-        engine = engine_of("ggml", tmp_path, n_threads=n_threads, n_batch=n_batch)
+        engine = engine_of(kind, tmp_path, n_threads=n_threads, n_batch=n_batch)
         results.append(engines.greedy(engine, prompt, [4] * 10))
         engine.close()
     for tokens, logits in results[1:]:
@@ -233,7 +235,7 @@ def test_threads_and_chunks_do_not_change_the_tokens(tmp_path: Path) -> None:
         np.testing.assert_allclose(logits, results[0][1], atol=ATOL)
 
 
-@BOTH
+@ALL
 def test_a_refused_pass_moves_no_span(kind: str, tmp_path: Path) -> None:
     engine = engine_of(kind, tmp_path)
     ids = np.array([1, 2], np.int32)
@@ -247,8 +249,9 @@ def test_a_refused_pass_moves_no_span(kind: str, tmp_path: Path) -> None:
         engine.open(1)
 
 
-def test_a_closed_cache_is_not_reopened(tmp_path: Path) -> None:
-    engine = engine_of("ggml", tmp_path)
+@NATIVE
+def test_a_closed_cache_is_not_reopened(kind: str, tmp_path: Path) -> None:
+    engine = engine_of(kind, tmp_path)
     kv = engine.open(2)
     kv.close()
     with pytest.raises(EngineError, match="closed"):
@@ -265,8 +268,9 @@ def test_an_engine_nobody_closed_frees_its_memory(tmp_path: Path) -> None:
     assert not finalizer.alive
 
 
-def test_a_closed_engine_closes_its_caches_and_may_be_closed_again(tmp_path: Path) -> None:
-    engine = engine_of("ggml", tmp_path)
+@NATIVE
+def test_a_closed_engine_closes_its_caches_and_may_be_closed_again(kind: str, tmp_path: Path) -> None:
+    engine = engine_of(kind, tmp_path)
     kv = engine.open(2)
     forward(engine, kv, np.array(IDS, np.int32), engines.fixed(2))
     engine.close()
@@ -296,7 +300,7 @@ def test_initial_states_depend_on_seed_and_position_alone() -> None:
     assert draws.std() == pytest.approx(config.state_std, rel=0.02)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("n", [1, 7])
 @pytest.mark.parametrize("ring", [None, 2])
 @pytest.mark.parametrize("family", ["huginn", "retrofit_llama", "retrofit_qwen2", "retrofit_qwen3"])

@@ -16,9 +16,10 @@ import tokenizers
 
 from localdepth.engine.toy import random_weights
 from localdepth.errors import CheckpointError, ConfigError, StorageError
-from localdepth.gguf import Check, CheckStatus, read
+from localdepth.gguf import read
 from localdepth.loading import load
 from localdepth.quant import Quant
+from localdepth.record import Check, CheckStatus
 from localdepth_export.convert import to_gguf
 from localdepth_export.recipe import Recipe
 from localdepth_export.verification import verify

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localdepth.errors import ModelFileError
-from localdepth.gguf import Check, CheckStatus, GgufFile, TokenizerRecord, read
+from localdepth.gguf import GgufFile, read
 from localdepth.quant import Quant
+from localdepth.record import Check, CheckStatus, TokenizerRecord
 from tests.gguf_parts import CONFIG, F32, I32, I64, STRING, U8, U64, Parts, Record, quick_and_small, sound, text
 
 F16_TYPE, Q2_K_TYPE = 1, 10

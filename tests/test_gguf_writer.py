@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from localdepth.config import ModelConfig
 from localdepth.errors import ConfigError, ModelFileError, StorageError
-from localdepth.gguf import ARCHITECTURE, Check, CheckStatus, Key, TokenizerRecord, read
+from localdepth.gguf import ARCHITECTURE, Key, read
 from localdepth.quant import Quant
+from localdepth.record import Check, CheckStatus, TokenizerRecord
 from localdepth_export.gguf_writer import write, write_check
 from tests.strategies import configs, quants, stored
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from localdepth.config import ModelConfig
 from localdepth.engine.toy import random_weights
-from localdepth.gguf import TokenizerRecord
 from localdepth.loading import DEFAULT_MODEL
 from localdepth.quant import Quant
+from localdepth.record import TokenizerRecord
 from tests import engines
 from tests.conftest import ROOT, TEMPLATE, tokenizer_json
 from tests.gguf_parts import BOOL, F64, STRING, U32, taken_apart, text

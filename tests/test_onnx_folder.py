@@ -82,7 +82,7 @@ def test_tokenizer_template_and_licence_travel_with_the_weights(tmp_path: Path) 
     record = record_of(tmp_path / "m")
     assert record["tokenizer"] == {"bos": 0, "eos": [3, 1], "add_bos": False}
     assert (record["provenance"]["license"], record["provenance"]["source"]) == ("apache-2.0", "c")
-    assert (record["provenance"]["quant"], record["check"]) == ("INT8", {"status": "unverified"})
+    assert (record["provenance"]["quant"], record["check"]["status"]) == ("INT8", "unverified")
     genai = json.loads((tmp_path / "m" / "genai_config.json").read_text())["model"]
     assert (genai["bos_token_id"], genai["eos_token_id"]) == (0, [3, 1])
 
@@ -101,7 +101,7 @@ def test_an_older_export_is_replaced_and_anything_else_kept(tmp_path: Path) -> N
     checkpoint, out = make_checkpoint(tmp_path / "c", "huginn"), tmp_path / "m"
     to_onnx(checkpoint, out)
     to_onnx(checkpoint, out, bits=4)
-    assert record_of(out)["bits"] == 4
+    assert record_of(out)["provenance"]["quant"] == "INT4"
     (out / "notes.txt").write_text("mine")
     with pytest.raises(StorageError, match="holds something else"):
         to_onnx(checkpoint, out)
@@ -122,7 +122,7 @@ def test_an_export_that_is_killed_leaves_the_old_folder(tmp_path: Path) -> None:
     )
     killed = subprocess.run([sys.executable, "-c", program, str(checkpoint), str(tmp_path / "m")])
     assert killed.returncode == -signal.SIGKILL
-    assert record_of(tmp_path / "m")["bits"] == 8
+    assert record_of(tmp_path / "m")["provenance"]["quant"] == "INT8"
 
 
 def test_bad_requests_and_bad_weights_leave_nothing_behind(tmp_path: Path) -> None:

@@ -20,13 +20,14 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from localdepth.config import Injection, ModelConfig
 from localdepth.engine.base import F32, KvType, Limits
 from localdepth.engine.toy import ToyEngine, random_weights
+from localdepth.onnx_layout import BITS, WEIGHTS, Layout, from_blocks, scales_of
+from localdepth.onnx_ports import kv_head_dim
+from localdepth_export.onnx_graphs.bits import choose_bits
 from localdepth_export.onnx_graphs.builder import Builder
-from localdepth_export.onnx_graphs.layers import kv_head_dim
 from localdepth_export.onnx_graphs.looped import looped_exit_graph, looped_graph
-from localdepth_export.onnx_graphs.rounding import BLOCK, round_blocks
 from localdepth_export.onnx_graphs.stages import coda_graph, pass_graph, prelude_graph
 from localdepth_export.onnx_graphs.unrolled import unrolled_graph
-from localdepth_export.onnx_graphs.weights import BITS, FILE_NAME, Layout, write_weights
+from localdepth_export.onnx_graphs.weights import as_pieces, write_weights
 from tests.engines import greedy, reference_of, run
 from tests.published import FAMILIES
 from tests.strategies import configs
@@ -94,10 +95,13 @@ class Graph:
 class Exported:
     """A model as graphs in a folder, all of whose sums are of floats."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, F32], folder: Path, bits: int = 32) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, F32], folder: Path, bits: int | Mapping[str, int] = 32
+    ) -> None:
         self.config, self.folder, self.layout = config, folder, Layout(config, bits)
         self._graphs: dict[str, Graph] = {}
-        write_weights(folder / FILE_NAME, config, self.layout, weights.__getitem__)
+        bits = self.layout.bits
+        write_weights(folder / WEIGHTS, config, self.layout, lambda name: as_pieces(name, weights[name], bits[name]))
 
     def graph(self, name: str, make: Callable[..., Builder], *settings: int) -> Graph:
         """A session of one graph, made on first use."""
@@ -249,15 +253,10 @@ def test_every_option_is_what_the_toy_engine_makes_of_it(config: ModelConfig, bi
 
 def as_stored(array: F32, bits: int) -> F32:
     """A tensor as its stored numbers stand for it."""
-    if array.ndim == 1 or bits == 32:
-        return array
-    if bits == 16:
-        return array.astype(np.float16).astype(np.float32)
-    codes, scales = round_blocks(array, bits)
-    if bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*scales.shape, BLOCK)
-    values = (codes.astype(np.float32) - 2 ** (bits - 1)) * scales[..., None]
-    return values.reshape(len(array), -1)[:, : array.shape[1]]
+    pieces = as_pieces("x", array, 32 if array.ndim == 1 else bits)
+    if scales_of("x") in pieces:
+        return from_blocks(pieces["x"], pieces[scales_of("x")], array.shape[1], bits)
+    return pieces["x"].astype(np.float32)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -268,6 +267,17 @@ def test_weights_of_fewer_bits_mean_what_they_say(kind: str, bits: int, tmp_path
     with torch.no_grad():
         wanted = reference(torch.from_numpy(IDS)[None], 4)[0].numpy()
     model = Exported(MODELS[kind], weights, tmp_path, bits)
+    for product in PRODUCTS:
+        np.testing.assert_allclose(product(model, 4, [8, 1]), wanted, rtol=0, atol=CLOSE)
+
+
+def test_stages_may_differ_in_bits(tmp_path: Path) -> None:
+    config, weights = MODELS["retrofit_llama"], damped(MODELS["retrofit_llama"])
+    bits = choose_bits(config, 4, core_bits=8)
+    reference = reference_of(config, {name: as_stored(array, bits.get(name, 32)) for name, array in weights.items()})
+    with torch.no_grad():
+        wanted = reference(torch.from_numpy(IDS)[None], 4)[0].numpy()
+    model = Exported(config, weights, tmp_path, bits)
     for product in PRODUCTS:
         np.testing.assert_allclose(product(model, 4, [8, 1]), wanted, rtol=0, atol=CLOSE)
 

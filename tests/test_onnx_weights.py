@@ -1,4 +1,4 @@
-"""The weights file holds what its layout says, and rounds as ONNX Runtime does."""
+"""The weights file holds what its layout says, and rounds as ggml does."""
 
 import math
 import subprocess
@@ -10,18 +10,22 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from gguf.quants import dequantize
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from numpy.typing import NDArray
-from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
 
 from localdepth.config import ModelConfig
 from localdepth.engine.base import F32
+from localdepth.engine.ggml.quantize import quantize
 from localdepth.engine.toy import random_weights
 from localdepth.errors import ConfigError
-from localdepth_export.onnx_graphs.rounding import BLOCK, n_blocks, round_blocks
-from localdepth_export.onnx_graphs.weights import BITS, Layout, scales_of, write_weights
+from localdepth.onnx_layout import BITS, BLOCK, Layout, from_blocks, scales_of
+from localdepth.quant import Quant
+from localdepth_export.blocks import BLOCKS
+from localdepth_export.onnx_graphs.bits import as_text, choose_bits
+from localdepth_export.onnx_graphs.rounding import round_blocks
+from localdepth_export.onnx_graphs.weights import Encode, as_pieces, write_weights
 from localdepth_train.checkpoint import save
 from tests.published import EXPECTED
 from tests.strategies import configs
@@ -30,46 +34,34 @@ LLAMA = EXPECTED["retrofit_llama3"]
 NUMBERS = st.floats(0.001953125, 8, width=32) | st.sampled_from([0.0, -0.0, 0.5, -1.5, -7.0, -8.0, 8.0, 127.5])
 
 
-def by_onnxruntime(matrix: F32, bits: int) -> tuple[NDArray[np.uint8], F32]:
-    n_rows, n_columns = matrix.shape
-    blocks = n_blocks(n_columns)
-    codes = np.zeros((n_rows, blocks, BLOCK * bits // 8), np.uint8)
-    scales, unused = np.zeros((n_rows, blocks), np.float32), np.zeros((n_rows, blocks), np.uint8)
-    transposed = np.pad(matrix, ((0, 0), (0, blocks * BLOCK - n_columns))).T.copy()
-    quantize = quantize_matmul_4bits if bits == 4 else quantize_matmul_8bits
-    quantize(codes, transposed, scales, unused, BLOCK, n_rows, n_columns, True)
-    return codes, scales
+def encoder(weights: dict[str, F32], layout: Layout) -> Encode:
+    return lambda name: as_pieces(name, weights[name], layout.bits[name])
 
 
-def numbers_of(codes: NDArray[np.uint8], n_columns: int) -> NDArray[np.uint8]:
-    """Codes one by one, without what fills the last block."""
-    halves = np.stack([codes & 15, codes >> 4], axis=-1)
-    return (codes if codes.shape[2] == BLOCK else halves).reshape(len(codes), -1)[:, :n_columns]
-
-
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("quant", BLOCKS)
 @given(matrix=arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 70)), elements=NUMBERS))
-def test_blocks_are_rounded_as_onnxruntime_does(bits: int, matrix: F32) -> None:
-    check_rounding(matrix, bits)
+def test_blocks_hold_the_numbers_that_ggml_rounds_to(quant: Quant, matrix: F32) -> None:
+    check_rounding(matrix, quant)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_large_matrices_are_rounded_as_small_ones(bits: int) -> None:
-    check_rounding(np.random.default_rng(0).standard_normal((3000, 2016), np.float32), bits)
+@pytest.mark.parametrize("quant", BLOCKS)
+def test_large_matrices_are_rounded_as_small_ones(quant: Quant) -> None:
+    check_rounding(np.random.default_rng(0).standard_normal((3000, 2000), np.float32), quant)
 
 
-def check_rounding(matrix: F32, bits: int) -> None:
-    (codes, scales), (wanted_codes, wanted_scales) = round_blocks(matrix, bits), by_onnxruntime(matrix, bits)
-    np.testing.assert_array_equal(scales, wanted_scales)
-    width = matrix.shape[1]
-    np.testing.assert_array_equal(numbers_of(codes, width), numbers_of(wanted_codes, width))
+def check_rounding(matrix: F32, quant: Quant) -> None:
+    width, bits = matrix.shape[1], BLOCKS[quant]
+    codes, scales = round_blocks(matrix, bits)
+    padded = np.pad(matrix, ((0, 0), (0, -width % BLOCK)))
+    rows = quantize(padded, quant).reshape(len(matrix), -1)
+    wanted = dequantize(rows, quant.ggml_type)[:, :width]
+    np.testing.assert_array_equal(from_blocks(codes, scales, width, bits), wanted)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_blocks_whose_scale_has_no_inverse_are_zero(bits: int) -> None:
     codes, scales = round_blocks(np.full((2, BLOCK), 1e-42, np.float32), bits)
-    assert set(codes.ravel()) == {0x88 if bits == 4 else 0x80}
-    assert np.isfinite(scales).all()
+    np.testing.assert_array_equal(from_blocks(codes, scales, BLOCK, bits), 0)
 
 
 @given(config=configs(), bits=st.sampled_from(BITS))
@@ -86,7 +78,7 @@ def test_pieces_lie_one_after_the_other(config: ModelConfig, bits: int) -> None:
 def test_the_file_holds_every_piece_where_the_layout_says(bits: int, tmp_path: Path) -> None:
     config = replace(LLAMA, n_ctx=5000)
     weights, layout = random_weights(config, seed=0), Layout(config, bits)
-    checksum = write_weights(tmp_path / "w", config, layout, weights.__getitem__)
+    checksum = write_weights(tmp_path / "w", config, layout, encoder(weights, layout))
     content = (tmp_path / "w").read_bytes()
     assert checksum == sha256(content).hexdigest()
     assert len(content) == max(piece.end for piece in layout.values())
@@ -108,17 +100,35 @@ def test_the_file_holds_every_piece_where_the_layout_says(bits: int, tmp_path: P
     np.testing.assert_array_equal(stored["rope.sin"], np.sin(angles).astype(np.float32))
 
 
-def test_numbers_that_16_bits_cannot_hold_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
-    weights = random_weights(LLAMA, seed=0)
-    weights["core.0.attn_q.weight"][3, 3] = -1e5
-    with pytest.raises(ConfigError, match=r"core\.0\.attn_q\.weight has numbers beyond 65504"):
-        write_weights(tmp_path / "w", LLAMA, Layout(LLAMA, 16), weights.__getitem__)
+@pytest.mark.parametrize(("bits", "value"), [(16, 1e5), (8, 1e7), (4, 1e6)])
+def test_numbers_that_so_few_bits_cannot_hold_are_refused_and_nothing_is_left(
+    bits: int, value: float, tmp_path: Path
+) -> None:
+    weights, layout = random_weights(LLAMA, seed=0), Layout(LLAMA, bits)
+    weights["core.0.attn_q.weight"][3, 3] = -value
+    with pytest.raises(ConfigError, match=rf"core\.0\.attn_q\.weight: numbers up to .* do not fit {bits} bits"):
+        write_weights(tmp_path / "w", LLAMA, layout, encoder(weights, layout))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_other_bits_are_refused() -> None:
     with pytest.raises(ConfigError, match="bits=5 is not one of 32, 16, 8, 4"):
         Layout(LLAMA, 5)
+    with pytest.raises(ConfigError, match="bits=True is not one of"):
+        Layout(LLAMA, choose_bits(LLAMA, 4, core_bits=True))
+    with pytest.raises(ConfigError, match=r"do not name the matrices of the model: coda\.0\.attn_k\.weight"):
+        Layout(LLAMA, {"output.weight": 4})
+
+
+def test_what_runs_in_every_pass_may_keep_more_bits() -> None:
+    bits = choose_bits(LLAMA, 4, core_bits=8)
+    assert bits.keys() == {name for name, shape in LLAMA.tensors().items() if len(shape) > 1}
+    for name, value in bits.items():
+        assert value == (8 if name.startswith(("core.", "injection.")) else 4)
+    assert as_text(bits) == "INT4,injection=INT8,core=INT8"
+    assert as_text(choose_bits(LLAMA, 16)) == "F16"
+    layout = Layout(LLAMA, bits)
+    assert layout["core.0.attn_q.weight"].shape[2] == 2 * layout["coda.0.attn_q.weight"].shape[2]
 
 
 @pytest.mark.parametrize("bits", [16, 4])

@@ -28,7 +28,7 @@ QUANTISED = 5e-2  # the same with rounded activations, amplified by random weigh
 PROMPT = list(range(40, 61))
 
 
-@pytest.fixture(params=["toy", "ggml"])
+@pytest.fixture(params=["toy", "ggml", "onnx"])
 def kind(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name

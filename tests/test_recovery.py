@@ -19,8 +19,9 @@ import pytest
 
 from localdepth.engine.toy import random_weights
 from localdepth.errors import CheckpointError, ModelFileError, StorageError
-from localdepth.gguf import Check, CheckStatus, read
+from localdepth.gguf import read
 from localdepth.quant import Quant
+from localdepth.record import Check, CheckStatus
 from localdepth_export.convert import to_gguf
 from localdepth_export.gguf_writer import write_check
 from localdepth_train.checkpoint import Checkpoint, save

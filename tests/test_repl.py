@@ -22,9 +22,9 @@ from localdepth.cli.session import Session, Settings
 from localdepth.conversation import Conversation
 from localdepth.engine.toy import random_weights
 from localdepth.errors import PromptError, StorageError
-from localdepth.gguf import TokenizerRecord
 from localdepth.loading import inspect, load
 from localdepth.model import Model
+from localdepth.record import TokenizerRecord
 from localdepth.sampling import Sampling
 from tests import engines
 from tests.conftest import TEMPLATE, tokenizer_json

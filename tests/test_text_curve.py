@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from localdepth.config import ModelConfig
 from localdepth.engine.toy import random_weights
 from localdepth.errors import DepthError, PromptError, RequestError
-from localdepth.gguf import TokenizerRecord
 from localdepth.loading import load
 from localdepth.model import Model
+from localdepth.record import TokenizerRecord
 from localdepth_apps.text_curve import measure
 from tests import engines
 from tests.conftest import tokenizer_json

@@ -24,6 +24,7 @@ from localdepth.errors import LocalDepthError
 from localdepth.gguf import read
 from localdepth.loading import inspect, load
 from localdepth.model import Model
+from localdepth.record import summary
 from localdepth.sampling import GREEDY, Sampling
 from localdepth.tokenizer import Tokenizer
 
@@ -122,7 +123,7 @@ def _pump(stream: IO[str], put: Callable[[str], None]) -> None:
 def _use_model(path: Path) -> None:
     inspect(path)
     with read(path) as file:
-        json.dumps(file.summary())
+        json.dumps(summary(file))
         speaks = file.tokenizer is not None
     with load(path, engine="ggml", n_threads=1) as model:
         config = model.config

@@ -1,8 +1,6 @@
 """Checkpoint -> GGUF: quantise tensor by tensor, record what was done."""
 
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,14 +8,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from localdepth.engine.base import F32
 from localdepth.engine.ggml.quantize import quantize
-from localdepth.errors import CheckpointError, ConfigError
-from localdepth.gguf import Check, CheckStatus
+from localdepth.errors import ConfigError
 from localdepth.quant import Quant
+from localdepth.record import Check, CheckStatus
 from localdepth_export.gguf_writer import write
 from localdepth_export.importance import Importance
 from localdepth_export.recipe import Recipe
+from localdepth_export.tensors import Progress, counted, read_finite
 from localdepth_export.tokenizer_record import read_license, read_tokenizer
 from localdepth_train.checkpoint import Checkpoint
 
@@ -51,7 +49,7 @@ def to_gguf(
     importance: Importance | None = None,
     source: str | None = None,
     license_name: str | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Export:
     """Write ``checkpoint`` as one GGUF file.
 
@@ -87,11 +85,21 @@ def to_gguf(
         provenance["license"] = known
     if importance:
         provenance["importance"] = importance.origin
+    columns = importance.columns if importance else {}
+
+    def encode(name: str) -> NDArray[np.uint8]:
+        tensor = read_finite(opened, name)
+        try:
+            return quantize(tensor, quants[name], columns.get(name))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+
+    counting = counted(encode, opened.config, on_progress)
     write(
         out,
         opened.config,
         quants,
-        _encoded(opened, quants, importance.columns if importance else {}, on_progress),
+        ((name, counting(name)) for name in quants),
         tokenizer=tokenizer,
         provenance=provenance,
         check=Check(CheckStatus.UNVERIFIED),
@@ -105,27 +113,3 @@ def to_gguf(
         n_params=opened.config.n_params,
         has_tokenizer=tokenizer is not None,
     )
-
-
-def _encoded(
-    source: Checkpoint,
-    quants: Mapping[str, Quant],
-    importance: Mapping[str, F32],
-    on_progress: Callable[[int, int], None] | None,
-) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-    done, shapes = 0, source.config.tensors()
-    for name, quant in quants.items():
-        yield name, _stored(source, name, quant, importance.get(name))
-        done += math.prod(shapes[name])
-        if on_progress:
-            on_progress(done, source.config.n_params)
-
-
-def _stored(source: Checkpoint, name: str, quant: Quant, importance: F32 | None) -> NDArray[np.uint8]:
-    array = source.read(name)
-    if not (np.isfinite(array.max()) and np.isfinite(array.min())):  # without a copy
-        raise CheckpointError(f"{name} in {source.path} has values that are not finite; download it again")
-    try:
-        return quantize(array, quant, importance)
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None

@@ -20,21 +20,10 @@ from numpy.typing import NDArray
 
 from localdepth.config import ModelConfig
 from localdepth.errors import ConfigError
-from localdepth.gguf import (
-    ARCHITECTURE,
-    CHECK,
-    FORMAT_VERSION,
-    NAMESPACE,
-    PROVENANCE,
-    PROVENANCE_KINDS,
-    Check,
-    Key,
-    Provenance,
-    TokenizerRecord,
-    read,
-)
+from localdepth.gguf import ARCHITECTURE, CHECK, FORMAT_VERSION, NAMESPACE, PROVENANCE, Key, read
 from localdepth.gguf_container import MAGIC, Header, map_file, read_header, read_tensors
 from localdepth.quant import Quant
+from localdepth.record import PROVENANCE_KINDS, Check, Provenance, TokenizerRecord
 from localdepth_train.output import replacing
 
 __all__ = ["write", "write_check"]

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from localdepth.engine.base import KvType, Limits
 from localdepth.errors import ConfigError
-from localdepth.gguf import GgufFile
 from localdepth.prompt import build_tokenizer
+from localdepth.record import ModelFile
 from localdepth.threads import idle_cores
 
 __all__ = ["Sample", "limits_for", "windows"]
@@ -15,7 +15,7 @@ Sample = str | Sequence[Sequence[int]]  # a text, or windows already cut
 _WINDOW = 256  # positions at most; scratch memory and time of attention stay small
 
 
-def windows(sample: Sample, file: GgufFile, max_tokens: int) -> list[list[int]]:
+def windows(sample: Sample, file: ModelFile, max_tokens: int) -> list[list[int]]:
     """The sample as windows of token ids, ``max_tokens`` together at most.
 
     Every window of a text begins with the start token where the model wants one.
@@ -41,7 +41,7 @@ def limits_for(cut: Sequence[Sequence[int]], depths: Sequence[int]) -> Limits:
     return Limits(n_ctx=max(map(len, cut)), kv_depth=max(depths), kv_type=KvType.F32, n_threads=idle_cores())
 
 
-def _cut(text: str, file: GgufFile, length: int) -> list[list[int]]:
+def _cut(text: str, file: ModelFile, length: int) -> list[list[int]]:
     if file.tokenizer is None:
         raise ConfigError(
             f"{file.path} has no tokenizer, so it cannot run a text; leave the text out or pass token ids"

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from localdepth.chat import ChatTemplate
-from localdepth.gguf import TokenizerRecord
 from localdepth.prompt import build_tokenizer
+from localdepth.record import TokenizerRecord
 from localdepth_train.checkpoint import Checkpoint, front_matter
 from localdepth_train.checkpoint.special_tokens import special_tokens
 

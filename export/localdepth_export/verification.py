@@ -3,29 +3,33 @@
 The reference runs in torch, which is imported only here.
 """
 
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from gguf.quants import dequantize
-from numpy.typing import NDArray
 
 from localdepth.config import ModelConfig
-from localdepth.engine.base import F32
+from localdepth.engine.base import Engine, Limits
 from localdepth.engine.ggml.engine import GgmlEngine
-from localdepth.engine.ggml.quantize import FITTED, quantize
+from localdepth.engine.onnx.engine import OnnxEngine
 from localdepth.errors import ConfigError, MissingExtra, install_line
-from localdepth.gguf import Check, CheckStatus, GgufFile, read
+from localdepth.gguf import GgufFile
+from localdepth.loading import open_model
 from localdepth.model import Model
+from localdepth.onnx_folder import OnnxFolder
+from localdepth.onnx_layout import QUANTS
 from localdepth.prompt import PromptReader
 from localdepth.quant import Quant
+from localdepth.record import Check, CheckStatus
+from localdepth_export import gguf_writer
 from localdepth_export.divergence import compare, run
-from localdepth_export.gguf_writer import write_check
 from localdepth_export.importance import Importance
+from localdepth_export.onnx_graphs import folder
 from localdepth_export.sample import limits_for, windows
+from localdepth_export.stored import knows_importance, wrong_tensors
 from localdepth_train.checkpoint import Checkpoint
 
 __all__ = ["BOUNDS", "Bound", "Report", "verify"]
@@ -47,25 +51,22 @@ class Bound:
     max_abs: float = np.inf
 
 
-# The stored numbers are judged strictly, see ``_is_stored``. Float32 logits are limited by the order of additions. How
+# The stored numbers are judged strictly, see ``stored``. Float32 logits are limited by the order of additions. How
 # far rounding moves the others depends on the weights and on how deep they loop, so only their divergence is bounded,
 # loosely. From fine to coarse.
-BOUNDS = {
+BOUNDS: Mapping[str, Bound] = {
     Quant.F32: Bound(1e-6, 1e-4),
     Quant.F16: Bound(1e-2),
     Quant.BF16: Bound(1e-1),
     Quant.Q8_0: Bound(1e-1),
+    QUANTS[8]: Bound(1e-1),
     Quant.Q6_K: Bound(3e-1),
     Quant.Q5_K: Bound(5e-1),
     Quant.Q5_0: Bound(5e-1),
     Quant.Q4_K: Bound(1.0),
     Quant.Q4_0: Bound(1.0),
+    QUANTS[4]: Bound(1.0),
 }
-# Squared error of a block, in that of the block as we round it: another build of ggml may decide ties otherwise.
-_SAME = 1.01
-# The same for a whole tensor rounded with an importance we do not have, which gives up accuracy where it does not
-# count: in single blocks all of it, over real tensors far less than these two bits. A wrong tensor is beyond forty.
-_UNKNOWN_IMPORTANCE = 16.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +78,15 @@ class Report:
         intact: whether the weights have the checksum in the file; True where it has none.
         wrong_tensors: tensors whose stored numbers are not those of the checkpoint, rounded.
         quant: the coarsest in the file, which sets the bound.
-        exact: whether the stored numbers could be judged as ggml rounds them; otherwise the file was rounded with an
-            importance that was not given, and they were judged loosely.
+        exact: whether the stored numbers could be judged as they should be rounded; otherwise the file was rounded
+            with an importance that was not given, and they were judged loosely.
         text_source: where the compared tokens come from.
     """
 
     check: Check
     intact: bool
     wrong_tensors: tuple[str, ...]
-    quant: Quant
+    quant: str
     bound: Bound
     exact: bool
     n_tokens: int
@@ -107,11 +108,11 @@ class Report:
             )
         if not self.intact:
             return "FAILED: the weights do not have the checksum in the file; it is damaged, export it again"
-        limits = f"KL {self.bound.kl:g}" + (f", max abs {self.bound.max_abs:g}" if self.quant is Quant.F32 else "")
+        limits = f"KL {self.bound.kl:g}" + (f", max abs {self.bound.max_abs:g}" if self.quant == Quant.F32 else "")
         if self.passed:
             if not self.exact:
                 return "consistent: stored numbers are near the checkpoint's; pass --importance to be sure"
-            return f"verified: stored numbers are the checkpoint's as ggml rounds them, logits within {limits}"
+            return f"verified: stored numbers are the checkpoint's, rightly rounded, logits within {limits}"
         return f"FAILED: beyond {limits} at some depth; this model does not bear {self.quant}, export with a finer one"
 
 
@@ -124,9 +125,10 @@ def verify(
     importance: Importance | None = None,
     record: bool = True,
 ) -> Report:
-    """Compare stored numbers one by one, then run ``file`` with ggml and ``checkpoint`` with the reference.
+    """Compare stored numbers one by one, then run ``file`` with its engine and ``checkpoint`` with the reference.
 
     Args:
+        file: a GGUF file, or a folder of ONNX graphs.
         depths: passes to compare, each within the measuring range of the model.
         text: what to run, for files with a tokenizer; None draws tokens at random from a fixed seed.
         importance: what the file was rounded with, if it was; without it the stored numbers are judged loosely.
@@ -144,22 +146,21 @@ def verify(
     if not depths:
         raise ConfigError("no depths to compare; pass at least one")
     source = Checkpoint(checkpoint)
-    with read(file) as model, ExitStack() as stack:
+    with open_model(Path(file)) as model, ExitStack() as stack:
         intact = model.is_intact() is not False
         _same_model(model.config, source.config, file, checkpoint)
         for depth in depths:
             model.config.check_depth(depth, measure=True)
-        exact = _knows_importance(model, importance)
-        columns = importance.columns if importance else {}
-        wrong = tuple(name for name in model.tensors if not _is_stored(model, source, name, columns.get(name), exact))
+        exact, wrong = knows_importance(model, importance), wrong_tensors(model, source, importance)
         cut = windows(_random(model.config) if text is None else text, model, _MAX_TOKENS)
         no_text = PromptReader(None, model.config.n_vocab)
         limits = limits_for(cut, depths)
-        ours = stack.enter_context(Model(GgmlEngine(model, limits), no_text))
+        ours = stack.enter_context(Model(_engine(model, limits), no_text))
         theirs = Model(ReferenceEngine.from_checkpoint(source, n_ctx=limits.n_ctx), no_text)
         expected = [run(theirs, cut, depth) for depth in depths]
         found = [compare(run(ours, cut, depth), logits) for depth, logits in zip(depths, expected, strict=True)]
-    quant = max((info.quant for info in model.tensors.values()), key=list(BOUNDS).index)
+        quant = max(model.bytes_by_quant, key=list(BOUNDS).index)
+        write_check = gguf_writer.write_check if isinstance(model, GgufFile) else folder.write_check
     bound = BOUNDS[quant]
     scale = max(1.0, *(float(logits.std()) for logits in expected))
     # NaN fails every comparison, and so the check
@@ -177,39 +178,8 @@ def verify(
     return Report(check, intact, wrong, quant, bound, exact, sum(map(len, cut)), where)
 
 
-def _knows_importance(model: GgufFile, importance: Importance | None) -> bool:
-    """Whether we have what the file was rounded with; refuses anything else."""
-    used = model.provenance.get("importance")
-    if importance is None:
-        return not used
-    if importance.origin != used:
-        raise ConfigError(
-            f"{model.path} was rounded with {f'the importance of {used}' if used else 'no importance'}, "
-            f"not with that of {importance.origin}; pass the one it was exported with"
-        )
-    return True
-
-
-def _is_stored(model: GgufFile, source: Checkpoint, name: str, importance: F32 | None, known: bool) -> bool:
-    """Whether a tensor of the file is the checkpoint's, rounded to its quant.
-
-    It is when ggml makes the same bytes of the checkpoint's numbers. Where it does not, no block may be further from
-    them than ggml's own: half a step is no measure for quants that fit their scales and clip what sticks out.
-    """
-    quant, exact = model.tensors[name].quant, source.read(name)
-    rounded = quantize(exact, quant, importance)
-    if np.array_equal(rounded, model.data(name)):
-        return True
-    rows = dequantize(rounded.reshape(math.prod(exact.shape[:-1]), -1), quant.ggml_type)
-    ours, theirs = (_block_errors(array, exact, quant) for array in (rows.reshape(exact.shape), model.array(name)))
-    if known or quant not in FITTED:
-        return bool((theirs <= _SAME * ours).all())
-    return bool(theirs.sum() <= _UNKNOWN_IMPORTANCE * ours.sum())
-
-
-def _block_errors(stored: F32, exact: F32, quant: Quant) -> NDArray[np.float64]:
-    """Sum of squared errors in each block; squares of float32 need more room than float32 has."""
-    return np.asarray(np.square(stored - exact, dtype=np.float64).reshape(-1, quant.block).sum(axis=1))
+def _engine(file: GgufFile | OnnxFolder, limits: Limits) -> Engine:
+    return GgmlEngine(file, limits) if isinstance(file, GgufFile) else OnnxEngine(file, limits)
 
 
 def _same_model(ours: ModelConfig, theirs: ModelConfig, file: object, checkpoint: object) -> None:

@@ -23,6 +23,7 @@ def main() -> None:
             ask,
             chat,
             doctor,
+            export,
             files,
             measure,
             models,

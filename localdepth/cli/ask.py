@@ -66,7 +66,7 @@ def ask(
     n_threads: ThreadsOption = None,
     ring: RingOption = None,
     kv_depth: KvDepthOption = None,
-    kv_type: KvTypeOption = "f16",
+    kv_type: KvTypeOption = None,
     low_memory: LowMemoryOption = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -61,7 +61,7 @@ def chat(
     n_threads: ThreadsOption = None,
     ring: RingOption = None,
     kv_depth: KvDepthOption = None,
-    kv_type: KvTypeOption = "f16",
+    kv_type: KvTypeOption = None,
     low_memory: LowMemoryOption = False,
 ) -> int:
     """Talk with a model: /help lists what can be typed, Ctrl-C stops an answer, Ctrl-D leaves."""

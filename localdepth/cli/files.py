@@ -1,4 +1,4 @@
-"""Model files: ``inspect``, ``verify``, ``export``."""
+"""Model files: ``inspect``, ``verify``."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,32 +20,29 @@ from localdepth.cli.options import (
     read_text,
 )
 from localdepth.errors import MissingExtra
-from localdepth.gguf import read
-from localdepth.loading import locate, plan_file
+from localdepth.loading import locate, open_model, plan_file
 from localdepth.memory import MemoryPlan, as_size
+from localdepth.record import summary
 
-__all__ = ["export_app", "export_gguf", "inspect", "verify"]
+__all__ = ["inspect", "verify"]
 
 _SHOWN_DEPTHS = (1, 4, 8, 16, 32)
-
-export_app = typer.Typer(help="Write a checkpoint as a model file.", no_args_is_help=True)
-app.add_typer(export_app, name="export")
 
 
 @app.command()
 @command
 def inspect(
-    file: Annotated[Path, typer.Argument(help="Model file, or a name from `models list`.")],
+    file: Annotated[Path, typer.Argument(help="Model file or folder, or a name from `models list`.")],
     n_ctx: NCtxOption = None,
     ring: RingOption = None,
-    kv_type: KvTypeOption = "f16",
+    kv_type: KvTypeOption = None,
     low_memory: LowMemoryOption = False,
     check: Annotated[bool, typer.Option("--check", help="Compare the weights with the checksum in the file.")] = False,
     as_json: JsonOption = False,
 ) -> int:
     """Show what a model file holds and what it would take of the memory, without loading its weights."""
-    with read(locate(file)) as opened:
-        record, config = opened.summary(), opened.config
+    with open_model(locate(file)) as opened:
+        record, config = summary(opened), opened.config
         depths = {1, config.default_depth, *(d for d in _SHOWN_DEPTHS if d <= config.max_depth), config.max_depth}
         try:
             plans = plan_file(opened, sorted(depths), n_ctx=n_ctx, ring=ring, kv_type=kv_type, low_memory=low_memory)
@@ -81,7 +78,7 @@ def _show_memory(plans: Sequence[MemoryPlan]) -> None:
 @app.command()
 @command
 def verify(
-    file: Annotated[Path, typer.Argument(help="Model file; the result is written into it.")],
+    file: Annotated[Path, typer.Argument(help="Model file or folder; the result is written into it.")],
     checkpoint: Annotated[Path, typer.Argument(help="The directory it was exported from.")],
     depths: Annotated[str, typer.Option("--depths", help="Depths to compare.")] = "1,2,4,8,16",
     text: Annotated[Path | None, typer.Option("--text", help="Text to run; random tokens without it.")] = None,
@@ -121,39 +118,3 @@ def verify(
         console.show_table(("depth", "max abs", "KL, nats", "same top-1"), rows)
         console.say.print(f"{report.n_tokens} positions of {report.text_source}; {report.verdict}")
     return 0 if report.passed else CHECK_FAILED
-
-
-@export_app.command("gguf")
-@command
-def export_gguf(
-    checkpoint: Annotated[Path, typer.Argument(help="Directory of a Huginn, retrofit or localdepth checkpoint.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
-    quant: Annotated[
-        str, typer.Option("--quant", "-q", help='F32 to Q4_0, and stages that differ: "Q4_K,core=Q6_K,head=Q8_0".')
-    ] = "Q8_0",
-    importance: ImportanceOption = None,
-    license_name: Annotated[str | None, typer.Option("--license", help="Of the weights, if the card lacks it.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write a checkpoint as a GGUF file."""
-    with needs("export"):
-        from localdepth_export.convert import to_gguf
-        from localdepth_export.importance import Importance
-    with console.tracking("quantising") as on_progress:
-        done = to_gguf(
-            checkpoint,
-            out,
-            quant=quant,
-            importance=None if importance is None else Importance.load(importance),
-            license_name=license_name,
-            on_progress=on_progress,
-        )
-    if as_json:
-        console.emit({**asdict(done), "path": str(done.path)})
-        return
-    console.say.print(
-        f"{done.path}: {done.kind}, {done.n_params:,} parameters as {done.quant}, {done.n_bytes:,} bytes"
-        f"{'' if done.has_tokenizer else ', no tokenizer: it takes and gives token ids'}"
-    )
-    if done.fallbacks:
-        console.say.print(f"{len(done.fallbacks)} matrices have rows that do not fit and are finer; inspect lists them")

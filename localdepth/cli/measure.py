@@ -110,7 +110,7 @@ def bench(
     n_ctx: NCtxOption = None,
     ring: RingOption = None,
     kv_depth: KvDepthOption = None,
-    kv_type: KvTypeOption = "f16",
+    kv_type: KvTypeOption = None,
     low_memory: LowMemoryOption = False,
     as_json: JsonOption = False,
 ) -> None:

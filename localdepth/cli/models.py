@@ -19,10 +19,11 @@ from localdepth.errors import LocalDepthError, RequestError
 from localdepth.gguf import read
 from localdepth.loading import DEFAULT_MODEL
 from localdepth.memory import as_size
+from localdepth.record import quant_of, summary
 from localdepth.store.folder import DEFAULT_NAME, Progress, Store, Stored, Verdict
 from localdepth.store.hub import Hub
 from localdepth.store.plan import Converter, Plan, plan
-from localdepth.store.pull import importable, pull, quant_of
+from localdepth.store.pull import importable, pull
 
 __all__ = ["Exporter", "list_models", "models_app", "pull_model", "remove_model", "show_model", "verify_models"]
 
@@ -102,7 +103,7 @@ def show_model(name: NameArgument, as_json: JsonOption = False) -> None:
     """Show what a model holds and where it came from."""
     stored = _default_model() if name == DEFAULT_NAME else Store().get(name)
     with read(stored.path) as opened:
-        record = opened.summary()
+        record = summary(opened)
     manifest = asdict(stored.manifest) if stored.manifest else None
     if as_json:
         console.emit({"name": stored.name, "path": str(stored.path), "manifest": manifest, **record})

@@ -44,15 +44,21 @@ ImportanceOption = Annotated[
 # the machine
 ModelOption = Annotated[
     Path | None,
-    typer.Option("--model", "-m", help="Model file, or a name from `models list`; the default model without it."),
+    typer.Option(
+        "--model", "-m", help="Model file or folder, or a name from `models list`; the default model without it."
+    ),
 ]
-EngineOption = Annotated[str, typer.Option("--engine", help="auto, ggml, or toy (slow, needs no compiler).")]
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="auto, ggml (GGUF files), onnx (ONNX folders), or toy (slow, either).")
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or gpu.")]
 NCtxOption = Annotated[int | None, typer.Option("--n-ctx", help="Context size.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Compute threads.")]
 RingOption = Annotated[int | None, typer.Option("--ring", help="Share K/V between passes in a ring of this many.")]
 KvDepthOption = Annotated[int | None, typer.Option("--kv-depth", help="Deepest pass to make room for.")]
-KvTypeOption = Annotated[str, typer.Option("--kv-type", help="f16 or f32.")]
+KvTypeOption = Annotated[
+    str | None, typer.Option("--kv-type", help="f16 or f32; without it the smaller one that the engine has.")
+]
 LowMemoryOption = Annotated[bool, typer.Option("--low-memory", help="No copies of weights in faster layouts.")]
 
 # the request

@@ -8,7 +8,7 @@ import typer
 
 from localdepth import console
 from localdepth.cli.common import command, needs
-from localdepth.cli.files import export_app
+from localdepth.cli.export import export_app
 from localdepth.cli.options import ImportanceOption, JsonOption, parse_ints, read_text
 
 __all__ = ["compare", "importance"]

@@ -12,13 +12,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from localdepth.errors import LocalDepthError
-from localdepth.gguf import GgufFile, read
+from localdepth.gguf import read
+from localdepth.record import quant_of
 from localdepth.store.checkpoint import CONFIG
 from localdepth.store.folder import Manifest, Progress, Store, Stored, Verdict, digest, silent, storage
 from localdepth.store.hub import Hub, Repository
 from localdepth.store.plan import DEFAULT_QUANT, Converter, Plan
 
-__all__ = ["Importable", "importable", "pull", "quant_of"]
+__all__ = ["Importable", "importable", "pull"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +137,3 @@ def _manifest(planned: Plan, made: Path, progress: Progress) -> Manifest:
         license=repository.license or (given if isinstance(given, str) else None),
         pulled=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def quant_of(file: GgufFile) -> str:
-    """How the matrices of a model file are stored: what it says, else what most of its bytes are."""
-    said = file.provenance.get("quant")
-    by_quant: dict[str, int] = file.summary()["bytes_by_quant"]
-    return said if isinstance(said, str) else max(by_quant, key=lambda quant: by_quant[quant])

@@ -14,15 +14,15 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from localdepth_export.onnx_graphs.weights import FILE_NAME, Layout, Piece
+from localdepth.onnx_layout import WEIGHTS, Layout, Piece
+from localdepth.onnx_ports import IR_VERSION, OPSETS, Dim
 
-__all__ = ["FLOAT", "INT32", "INT64", "Builder", "Dim", "Value"]
+__all__ = ["FLOAT", "INT32", "INT64", "Builder", "Value"]
 
 Value = NewType("Value", str)
-Dim = int | str  # a size, or the name of one that is known when the graph runs
 FLOAT, INT32, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64
 
-_OPSET, _IR_VERSION = 21, 10
+
 _MICROSOFT = "com.microsoft"
 _MICROSOFT_OPS = frozenset(
     {
@@ -121,9 +121,9 @@ class Builder:
 
     def model(self, name: str, metadata: Mapping[str, str]) -> onnx.ModelProto:
         """The graph as a model file; it finds its weights in its own folder."""
-        opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_MICROSOFT, 1)]
+        opsets = [helper.make_opsetid(domain, version) for domain, version in OPSETS.items()]
         model = helper.make_model(
-            self.graph(name), opset_imports=opsets, ir_version=_IR_VERSION, producer_name="localdepth"
+            self.graph(name), opset_imports=opsets, ir_version=IR_VERSION, producer_name="localdepth"
         )
         helper.set_model_props(model, dict(metadata))
         return model
@@ -140,7 +140,7 @@ def _external(name: str, piece: Piece, shape: tuple[int, ...]) -> onnx.TensorPro
     """A tensor whose bytes lie in the weights file."""
     tensor = onnx.TensorProto(name=name, dims=shape, data_type=helper.np_dtype_to_tensor_dtype(piece.dtype))
     tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in {"location": FILE_NAME, "offset": piece.offset, "length": piece.n_bytes}.items():
+    for key, value in {"location": WEIGHTS, "offset": piece.offset, "length": piece.n_bytes}.items():
         tensor.external_data.add(key=key, value=str(value))
     return tensor
 

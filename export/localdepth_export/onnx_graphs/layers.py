@@ -14,13 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from localdepth.config import Injection, ModelConfig, NormPlacement, QkNorm, RopeStyle
+from localdepth.onnx_layout import BLOCK, scales_of
+from localdepth.onnx_ports import kv_head_dim
 from localdepth_export.onnx_graphs.builder import FLOAT, Builder, Value
-from localdepth_export.onnx_graphs.rounding import BLOCK
-from localdepth_export.onnx_graphs.weights import scales_of
 
-__all__ = ["Cache", "Layers", "Place", "kv_head_dim"]
+__all__ = ["Cache", "Layers", "Place"]
 
-_HEAD_MULTIPLE = 8  # GroupQueryAttention refuses heads of other sizes
 _ACCURACY_LEVEL = 4  # MatMulNBits multiplies in int8
 
 
@@ -44,11 +43,6 @@ class _Stream(NamedTuple):
 
     base: Value
     branch: Value | None = None
-
-
-def kv_head_dim(config: ModelConfig) -> int:
-    """Width of a head in the caches: head_dim, padded with zeros to what GroupQueryAttention takes."""
-    return config.head_dim + -config.head_dim % _HEAD_MULTIPLE
 
 
 class Layers:
@@ -229,7 +223,7 @@ class Layers:
             scope.stored(scales_of(name)),
             N=n_rows,
             K=n_columns,
-            bits=scope.layout.bits,
+            bits=scope.layout.bits[name],
             block_size=BLOCK,
             accuracy_level=_ACCURACY_LEVEL,
         )
@@ -246,7 +240,7 @@ class Layers:
             scope.stored(name, (n_rows, piece.n_bytes // n_rows)),
             ids,
             scope.stored(scales_of(name)),
-            bits=scope.layout.bits,
+            bits=scope.layout.bits[name],
             block_size=BLOCK,
             gather_axis=0,
             quantize_axis=1,

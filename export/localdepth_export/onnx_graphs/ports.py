@@ -1,32 +1,16 @@
-"""What goes in and out of our graphs, by name.
-
-``n_total`` int32 [1] counts the positions up to the last new token. Caches come in as ``past.<stage>.<layer>.key`` and
-``.value``, float32 [1, n_head_kv, P, kv_head_dim], and leave as ``present. ...``. P is the number of past positions;
-or past and present are bound to one buffer, P is what it holds, ``n_total`` at least, and it is written in place.
-Caches of ``planes`` passes have these in front: [planes, 1, n_head_kv, P, kv_head_dim].
-"""
+"""Declares what goes in and out of graphs, under the names of ``localdepth.onnx_ports``."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
 from localdepth.config import ModelConfig
-from localdepth_export.onnx_graphs.builder import INT64, Builder, Dim, Value
-from localdepth_export.onnx_graphs.layers import Cache, Place, kv_head_dim
+from localdepth.onnx_ports import Dim, cache_names, plane_shape
+from localdepth_export.onnx_graphs.builder import INT64, Builder, Value
+from localdepth_export.onnx_graphs.layers import Cache, Place
 
-__all__ = ["SIDES", "declare_past", "declare_place", "declare_planes", "plane_shape", "state_shape"]
-
-SIDES = ("key", "value")
-
-
-def state_shape(config: ModelConfig) -> tuple[Dim, ...]:
-    """Shape of a state, and of embeds."""
-    return 1, "n_tokens", config.n_embd
-
-
-def plane_shape(config: ModelConfig, positions: Dim) -> tuple[Dim, ...]:
-    """Shape of one layer's keys, or values, at one pass."""
-    return 1, config.n_head_kv, positions, kv_head_dim(config)
+__all__ = ["declare_past", "declare_place", "declare_planes"]
 
 
 def declare_place(scope: Builder, tokens: Value) -> Place:
@@ -40,14 +24,11 @@ def declare_place(scope: Builder, tokens: Value) -> Place:
 def declare_past(scope: Builder, config: ModelConfig, stage: str, planes: Sequence[Dim] = ()) -> list[Cache]:
     """The caches of a stage, as inputs."""
     shape = *planes, *plane_shape(config, "n_past")
-    return [
-        Cache(*(scope.input(f"past.{stage}.{layer}.{side}", np.float32, shape) for side in SIDES))
-        for layer in range(config.n_layer(stage))
-    ]
+    sides = [scope.input(name, np.float32, shape) for name in cache_names(f"past.{stage}", config.n_layer(stage))]
+    return [Cache(*pair) for pair in zip(sides[::2], sides[1::2], strict=True)]
 
 
 def declare_planes(scope: Builder, prefix: str, caches: Sequence[Cache], shape: Sequence[Dim]) -> None:
     """Keys and values of a stage's layers, as outputs ``<prefix>.<layer>.key`` and ``.value``."""
-    for layer, cache in enumerate(caches):
-        for side, value in zip(SIDES, cache, strict=True):
-            scope.output(f"{prefix}.{layer}.{side}", value, np.float32, shape)
+    for name, value in zip(cache_names(prefix, len(caches)), chain(*caches), strict=True):
+        scope.output(name, value, np.float32, shape)

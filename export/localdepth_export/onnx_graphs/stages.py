@@ -1,20 +1,13 @@
-"""The three graphs of our engine, which loops over the passes itself.
-
-    prelude   ids [1,T] -> embeds, injected
-    pass      state, injected -> next_state, change: ||s_{r+1} - s_r|| / ||s_{r+1}||, the mean over positions
-    coda      state, rows [n] -> logits [n,V] of these rows; negative ones count from the end
-
-``injected`` is what of the embeds enters a pass. It enters every one; where ``injection`` is "none" the first only, and
-the caller gives zeros to the others. States and embeds are float32 [1,T,E]; for the rest see ``ports``.
-"""
+"""The three graphs of our engine, which loops over the passes itself; ``localdepth.onnx_ports`` says what they take."""
 
 import numpy as np
 
 from localdepth.config import ModelConfig
+from localdepth.onnx_layout import Layout
+from localdepth.onnx_ports import plane_shape, state_shape
 from localdepth_export.onnx_graphs.builder import Builder, Value
 from localdepth_export.onnx_graphs.layers import Layers
-from localdepth_export.onnx_graphs.ports import declare_past, declare_place, declare_planes, plane_shape, state_shape
-from localdepth_export.onnx_graphs.weights import Layout
+from localdepth_export.onnx_graphs.ports import declare_past, declare_place, declare_planes
 
 __all__ = ["change", "coda_graph", "decode", "encode", "pass_graph", "prelude_graph"]
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from localdepth.config import Injection, ModelConfig
-from localdepth.gguf import TokenizerRecord
+from localdepth.onnx_layout import Layout
+from localdepth.onnx_ports import SIDES, kv_head_dim
+from localdepth.record import TokenizerRecord
 from localdepth_export.onnx_graphs.builder import INT32, Builder, Value
-from localdepth_export.onnx_graphs.layers import Cache, Layers, Place, kv_head_dim
-from localdepth_export.onnx_graphs.ports import SIDES
-from localdepth_export.onnx_graphs.weights import Layout
+from localdepth_export.onnx_graphs.layers import Cache, Layers, Place
 
 __all__ = ["genai_config", "unrolled_graph"]
 

@@ -1,14 +1,8 @@
-"""The file of weights that all graphs of a model share, written once, tensor by tensor.
-
-Pieces lie in it one after the other. A tensor of the model is one piece under its own name; one that is stored in
-blocks of few bits has a second one beside it, ``<name>.scales``. Norms and biases are always float32, and so are the
-rotation tables ``rope.cos`` and ``rope.sin``, [n_ctx, head_dim / 2].
-"""
+"""The contents of the pieces that a ``Layout`` describes, and the file of all of them, written tensor by tensor."""
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,138 +12,80 @@ import numpy.typing as npt
 from localdepth.config import ModelConfig
 from localdepth.engine.base import F32
 from localdepth.errors import ConfigError
-from localdepth_export.onnx_graphs.rounding import code_shape, round_blocks
+from localdepth.onnx_layout import ROPE_TABLES, Layout, scales_of
+from localdepth_export.onnx_graphs.rounding import round_blocks
 from localdepth_train.output import replacing
 
-__all__ = ["BITS", "FILE_NAME", "Layout", "Piece", "scales_of", "write_weights"]
+__all__ = ["Encode", "Pieces", "Stretch", "as_pieces", "stretches", "write_weights"]
 
-BITS = (32, 16, 8, 4)
-FILE_NAME = "weights.bin"
+Pieces = Mapping[str, npt.NDArray[Any]]
+Encode = Callable[[str], Pieces]  # gives the pieces of a tensor; called once for each of the model, in order
 
-_PAGE, _CACHE_LINE = 4096, 64  # pieces of a page or more begin on one, so that they can be mapped
-_TABLES = {"rope.cos": np.cos, "rope.sin": np.sin}
+_TABLES = dict(zip(ROPE_TABLES, (np.cos, np.sin), strict=True))
 _POSITIONS = 4096  # of a table, computed at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A stretch of the weights file."""
+class Stretch:
+    """Some of a piece's contents, and the byte of the file at which they begin."""
 
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def n_bytes(self) -> int:
-        """Its length."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def end(self) -> int:
-        """Where it ends."""
-        return self.offset + self.n_bytes
+    piece: str
+    start: int
+    data: npt.NDArray[Any]
 
 
-class Layout(Mapping[str, Piece]):
-    """Where every piece lies, by name, in the order of the file.
-
-    Args:
-        bits: of each number of a matrix: 32, 16 (both floats), or 8 or 4, in blocks that share a scale.
-    Raises:
-        ConfigError: other ``bits``.
-    """
-
-    def __init__(self, config: ModelConfig, bits: int) -> None:
-        if bits not in BITS:
-            raise ConfigError(f"bits={bits!r} is not one of {', '.join(map(str, BITS))}")
-        self.bits = bits
-        self._pieces: dict[str, Piece] = {}
-        end = 0
-        for name, dtype, shape in _pieces(config, bits):
-            piece = Piece(np.dtype(dtype), shape, end)
-            alignment = _PAGE if piece.n_bytes >= _PAGE else _CACHE_LINE
-            self._pieces[name] = replace(piece, offset=end + -end % alignment)
-            end = self._pieces[name].end
-
-    def __getitem__(self, name: str) -> Piece:
-        return self._pieces[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._pieces)
-
-    def __len__(self) -> int:
-        return len(self._pieces)
-
-    def is_blocks(self, name: str) -> bool:
-        """Whether a tensor is stored in blocks of few bits."""
-        return scales_of(name) in self._pieces
-
-
-def scales_of(name: str) -> str:
-    """The piece that holds the scales of a tensor."""
-    return f"{name}.scales"
-
-
-def write_weights(path: Path, config: ModelConfig, layout: Layout, read: Callable[[str], F32]) -> str:
+def write_weights(path: Path, config: ModelConfig, layout: Layout, encode: Encode) -> str:
     """Write the file that ``layout`` describes, holding one tensor in memory at a time.
 
-    Args:
-        read: gives each tensor of ``config.tensors()`` by name; called once for each, in that order.
     Returns: the file's SHA-256.
     Raises:
-        ConfigError: a matrix has numbers that float16 cannot hold.
-        StorageError: the file cannot be written; what ``read`` raises passes.
+        StorageError: the file cannot be written; what ``encode`` raises passes.
     """
     checksum, end = hashlib.sha256(), 0
     with replacing(path) as output:
-        for start, data in _stretches(config, layout, read):
-            for stretch in (bytes(start - end), data.data.cast("B")):
-                checksum.update(stretch)
-                output.append(stretch)
-            end = start + data.nbytes
+        for stretch in stretches(config, layout, encode):
+            for part in (bytes(stretch.start - end), stretch.data.data.cast("B")):
+                checksum.update(part)
+                output.append(part)
+            end = stretch.start + stretch.data.nbytes
     return checksum.hexdigest()
 
 
-def _stretches(
-    config: ModelConfig, layout: Layout, read: Callable[[str], F32]
-) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """The contents of the file, each with where it begins, from front to back."""
+def stretches(config: ModelConfig, layout: Layout, encode: Encode) -> Iterator[Stretch]:
+    """The contents of all pieces, from front to back."""
     for name in config.tensors():
-        for piece, data in _encoded(name, read(name), layout).items():
-            yield layout[piece].offset, data
+        for piece, data in encode(name).items():
+            yield Stretch(piece, layout[piece].offset, data)
     for table, function in _TABLES.items():
         start = layout[table].offset
         for angles in _angles(config):
             rows = function(angles).astype(np.float32)
-            yield start, rows
+            yield Stretch(table, start, rows)
             start += rows.nbytes
 
 
-def _pieces(config: ModelConfig, bits: int) -> Iterator[tuple[str, npt.DTypeLike, tuple[int, ...]]]:
-    for name, shape in config.tensors().items():
-        if len(shape) == 1 or bits == 32:
-            yield name, np.float32, shape
-        elif bits == 16:
-            yield name, np.float16, shape
-        else:
-            codes = code_shape(shape, bits)
-            yield name, np.uint8, codes
-            yield scales_of(name), np.float32, codes[:2]
-    for table in _TABLES:
-        yield table, np.float32, (config.n_ctx, config.head_dim // 2)
+def as_pieces(name: str, tensor: F32, bits: int) -> Pieces:
+    """The pieces of a tensor of the model, rounded to ``bits``.
 
-
-def _encoded(name: str, tensor: F32, layout: Layout) -> dict[str, npt.NDArray[Any]]:
-    """The pieces that a tensor is stored as."""
-    if layout.is_blocks(name):
-        codes, scales = round_blocks(tensor, layout.bits)
-        return {name: codes, scales_of(name): scales}
-    if layout[name].dtype == np.float32:
+    Raises:
+        ConfigError: it has numbers that so few bits cannot hold.
+    """
+    if bits == 32:
         return {name: np.ascontiguousarray(tensor)}
-    largest = np.finfo(np.float16).max
-    if max(tensor.max(), -tensor.min()) > largest:
-        raise ConfigError(f"{name} has numbers beyond {largest:.0f}, which 16 bits cannot hold; use 32, 8 or 4 bits")
-    return {name: tensor.astype(np.float16, order="C")}
+    try:
+        if bits == 16:
+            return {name: _halves(tensor)}
+        codes, scales = round_blocks(tensor, bits)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    return {name: codes, scales_of(name): scales}
+
+
+def _halves(tensor: F32) -> npt.NDArray[np.float16]:
+    largest = max(float(tensor.max()), -float(tensor.min()))
+    if largest > float(np.finfo(np.float16).max):
+        raise ConfigError(f"numbers up to {largest:.6g} do not fit 16 bits; use 32")
+    return tensor.astype(np.float16, order="C")
 
 
 def _angles(config: ModelConfig) -> Iterator[npt.NDArray[np.float64]]:

@@ -30,6 +30,7 @@ from localdepth.engine.ggml.parts import HEAD_ROWS, Parts, make_parts
 from localdepth.engine.ggml.plan import Planner, largest_graphs
 from localdepth.engine.ggml.span import GgmlSpan
 from localdepth.engine.ggml.weights import Weights, map_plain, matrices, move, pack
+from localdepth.engine.room import check_room, free_bytes
 from localdepth.errors import EngineError
 from localdepth.gguf import GgufFile
 from localdepth.memory import MemoryPlan, available_bytes, check_fits
@@ -41,7 +42,6 @@ log = logging.getLogger(__name__)
 
 _LAYERS_AT_ONCE = 64  # of the core, computed by one graph
 _ENDS: dict[Rows | None, Ends | None] = {None: None, "last": Ends.LOGITS, "all": Ends.OUTPUT}
-_SMALL = 1 << 27  # bytes that any machine has; asking costs 20 ms
 
 
 class GgmlEngine:
@@ -319,7 +319,7 @@ class GgmlEngine:
         """
         depth = min(self.config.default_depth, self.limits.kv_depth)
         full, lean = (self._planner.plan(depth, packed=packed) for packed in (True, False))
-        free = self._free_bytes(full.total)
+        free = free_bytes(self.limits, full.total, self._available)
         if full.total <= free:
             return self.device.is_host
         check_fits(lean, free, self._planner.smaller(depth, packed=False, loading=True))
@@ -328,22 +328,13 @@ class GgmlEngine:
 
     def _admit(self, depth: int, kv: GgmlKv | None) -> None:
         """Refuse a cache of this depth, or one that grows to it, where there is no room."""
-        plan = self.plan(depth)
         others = [other for other in self._open if other is not kv and not other.closed]
-        planned = sum(self.plan(other.max_depth).sequence for other in others)
-        if self.limits.memory_limit is None:  # what is written of them is not free any more
-            planned -= sum(self.plan(o.max_depth).sequence * o.n // self.limits.n_ctx for o in others)
-            planned -= self.plan(kv.max_depth).sequence * kv.n // self.limits.n_ctx if kv else 0
-            planned -= plan.weights + plan.scratch - (plan.mapped if self.device.is_host else 0)
-        free = self._free_bytes(plan.total + planned)
-        check_fits(plan, free - planned, self._planner.smaller(depth, self._packed, loading=False))
+        plan = self.plan(depth)
+        loaded = plan.weights + plan.scratch - (plan.mapped if self.device.is_host else 0)
+        ways = self._planner.smaller(depth, self._packed, loading=False)
+        check_room(self.limits, self.plan, depth, kv, others, loaded, ways, self._available)
 
-    def _free_bytes(self, wanted: int) -> int:
-        """Memory we may take in all; small wishes are granted without asking the system."""
-        if self.limits.memory_limit is not None:
-            return self.limits.memory_limit
-        if wanted < _SMALL:
-            return _SMALL
+    def _available(self) -> int:
         on_device = self.device.free_bytes()
         return available_bytes() if on_device is None else on_device
 

@@ -2,13 +2,12 @@
 
 import ctypes
 import math
-import mmap as mapping
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from mmap import PAGESIZE, mmap
+from mmap import PAGESIZE
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,14 @@ import numpy.typing as npt
 
 from localdepth.engine.ggml import lib as ggml
 from localdepth.engine.ggml.lib import Ggml
+from localdepth.engine.pages import lazy_zeros
 from localdepth.errors import EngineError
 
-__all__ = ["Graph", "Memory", "Tensor", "TensorGroup", "TensorSpec", "lazy_zeros"]
+__all__ = ["Graph", "Memory", "Tensor", "TensorGroup", "TensorSpec"]
 
 _ALIGNMENT = 64  # bytes; at least what any ggml CPU kernel asks for
 _TENSOR_ALIGNMENT = 32  # what ggml itself insists on
 _HUGE_PAGE, _MADV_HUGEPAGE = 1 << 21, 14
-# not shared with forked processes; Windows has no other kind
-_PRIVATE = {} if sys.platform == "win32" else {"flags": mapping.MAP_PRIVATE | mapping.MAP_ANONYMOUS}
 _DTYPES = {ggml.F32: np.float32, ggml.F16: np.float16, ggml.I32: np.int32, ggml.I64: np.int64}
 
 Tensor = int  # address of a struct ggml_tensor
@@ -188,18 +186,6 @@ class Graph:
         """Remember the schedule and free it with the graph."""
         self.schedule = schedule
         self._stack.callback(free, schedule)
-
-
-def lazy_zeros(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Zeros that begin a page; pages that nobody touches take neither memory nor time."""
-    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    try:
-        pages = mmap(-1, max(n_bytes, 1), **_PRIVATE)
-    except (OSError, ValueError, OverflowError) as error:
-        raise EngineError(
-            f"not enough memory for {n_bytes / 2**20:.0f} MiB of K/V cache; use a smaller n_ctx"
-        ) from error
-    return np.frombuffer(pages, np.uint8, n_bytes).view(dtype).reshape(shape)
 
 
 def _own_memory(sizes: Sequence[int]) -> Memory:

@@ -14,7 +14,8 @@ from localdepth.config import STAGES, Injection, ModelConfig
 from localdepth.engine.base import KvType, Limits, check_open
 from localdepth.engine.ggml import lib as ggml
 from localdepth.engine.ggml.device import Device
-from localdepth.engine.ggml.handles import Graph, TensorGroup, lazy_zeros
+from localdepth.engine.ggml.handles import Graph, TensorGroup
+from localdepth.engine.pages import lazy_zeros
 from localdepth.slots import n_planes
 
 __all__ = ["GgmlKv", "new_lane", "plane_bytes"]

@@ -5,7 +5,6 @@ Weights are mapped, caches are pages that nobody touches, and ggml's allocator s
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 
 from localdepth.config import Injection
@@ -17,13 +16,11 @@ from localdepth.engine.ggml.kv import GgmlKv, new_lane, plane_bytes
 from localdepth.engine.ggml.lib import Ggml
 from localdepth.engine.ggml.parts import HEAD_ROWS, io_bytes, make_parts, n_rows
 from localdepth.engine.ggml.weights import Weights, map_plain, plan_packs
+from localdepth.engine.room import smaller
 from localdepth.gguf import GgufFile
 from localdepth.memory import MemoryPlan
 
 __all__ = ["Planner", "largest_graphs"]
-
-_RING = 4  # planes that a request short of memory is offered
-_SHORTEST = 64  # context
 
 
 class Planner:
@@ -81,22 +78,13 @@ class Planner:
         """
         if packed and self.packs:
             yield iter([("low_memory=True (--low-memory)", self.plan(depth, packed=False))])
-        if self._limits.ring is None and depth > _RING:
-            shared = replace(self._limits, ring=_RING)
-            yield iter([(f"ring={_RING} (--ring {_RING})", self.plan(depth, shared, packed=False))])
-        yield self._shorter(depth)
-        word = "kv_depth={0} (--kv-depth {0})" if loading else "depth={0}"
-        yield ((word.format(less), self.plan(less, packed=packed)) for less in range(depth - 1, 0, -1))
-        if loading:
-            least = replace(self._limits, n_ctx=min(_SHORTEST, self._limits.n_ctx))
-            yield iter([(f"n_ctx={least.n_ctx} with kv_depth=1", self.plan(1, least, packed=False))])
-
-    def _shorter(self, depth: int) -> Iterator[tuple[str, MemoryPlan]]:
-        n_ctx = self._limits.n_ctx // 2
-        while n_ctx >= _SHORTEST:
-            limits = replace(self._limits, n_ctx=n_ctx)
-            yield f"n_ctx={n_ctx} (--n-ctx {n_ctx})", self.plan(depth, limits, packed=False)
-            n_ctx //= 2
+        yield from smaller(
+            self._limits,
+            depth,
+            lambda depth, limits: self.plan(depth, limits, packed=False),
+            lambda depth: self.plan(depth, packed=packed),
+            loading=loading,
+        )
 
 
 def largest_graphs(factory: GraphFactory, device: Device, limits: Limits, stack: ExitStack) -> Iterator[Graph]:

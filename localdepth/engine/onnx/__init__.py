@@ -1,0 +1,1 @@
+"""The ONNX Runtime engine: folders of graphs on the CPU, with nothing to compile."""
