@@ -20,6 +20,7 @@ __all__ = ["Finding", "Health", "examine"]
 
 _EXTRAS = {
     "gguf": ("llama_cpp",),
+    "onnx": ("safetensors", "ml_dtypes", "onnx"),
     "export": ("safetensors", "ml_dtypes", "onnx", "llama_cpp"),
     "train": ("torch", "safetensors", "ml_dtypes"),
 }

@@ -19,14 +19,13 @@ from localdepth.engine.onnx.plan import Planner as OnnxPlanner
 from localdepth.engine.toy import ToyEngine
 from localdepth.errors import ConfigError, ModelFileError
 from localdepth.gguf import GgufFile
-from localdepth.gguf import read as read_gguf
 from localdepth.memory import MemoryPlan
 from localdepth.model import Model
 from localdepth.onnx_folder import OnnxFolder, is_folder
-from localdepth.onnx_folder import read as read_folder
 from localdepth.policy.base import DepthPolicy
 from localdepth.prompt import PromptReader
 from localdepth.record import ModelFile
+from localdepth.store.disk import open_model
 from localdepth.store.folder import DEFAULT_NAME, find
 from localdepth.threads import choose_threads
 
@@ -37,7 +36,6 @@ __all__ = [
     "inspect",
     "load",
     "locate",
-    "open_model",
     "plan",
     "plan_file",
 ]
@@ -149,15 +147,6 @@ def plan_file(
     limits = _limits(file, n_ctx, None, ring, None, kv_type, low_memory, None)
     planner = OnnxPlanner(file, limits) if isinstance(file, OnnxFolder) else GgmlPlanner(library(), file, limits)
     return [planner.plan(depth) for depth in depths]
-
-
-def open_model(path: Path) -> OnnxFolder | GgufFile:
-    """Open a model file, or a folder of ONNX graphs.
-
-    Raises:
-        ModelFileError: missing, damaged, or no looped model.
-    """
-    return read_folder(path) if path.is_dir() else read_gguf(path)
 
 
 def _limits(

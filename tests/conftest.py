@@ -1,6 +1,7 @@
 """What tests share: where the published fixtures are, and a small model file with a tokenizer."""
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,11 @@ ROOT = Path(__file__).parent.parent
 TEMPLATE = "{% for m in messages %}<user>{{ m.content }}<answer>{% endfor %}"
 
 torch.set_num_threads(1)  # small tensors; more threads only wait for each other
+
+# What tests start obeys signals as from a terminal, also where the tests run in the background or under nohup.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 __all__ = ["Remote", "StandIn", "serving"]
 
-_LARGE = (".safetensors", ".gguf")  # what the real one keeps outside Git
+_LARGE = (".safetensors", ".gguf", ".onnx", ".bin")  # what the real one keeps outside Git
 _PIECE = 1 << 16
 
 

@@ -15,6 +15,7 @@ from localdepth.loading import load
 from localdepth.model import Model
 from localdepth_apps.bench import measure
 from tests import engines
+from tests.conftest import ROOT
 from tests.published import EXPECTED
 
 
@@ -91,3 +92,14 @@ def test_the_command_prints_a_table_or_one_line(model_file: Path) -> None:
     assert set(record["load_ms"]) == {"1", "2"}
     refused = subprocess.run([*command, "--threads", "x"], capture_output=True, text=True)
     assert (refused.returncode, "threads='x'" in refused.stderr) == (2, True)
+
+
+@pytest.mark.slow
+def test_runtimes_are_compared_on_one_model() -> None:
+    pytest.importorskip("torch")
+    command = [sys.executable, "-m", "tests.bench.runtimes", "decode", "prefill", "size", "--bits", "8"]
+    done = subprocess.run([*command, "--rounds", "1", "--n-embd", "128"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if "ggml" in line and "sessions" in line]
+    assert len(rows) == 10
+    assert all(name in row for row in rows for name in ("Scan", "Loop", "torch"))

@@ -255,7 +255,7 @@ def test_measuring_ill_formed_tokens_is_refused(tokens: list[object], model: Mod
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"engine": "cuda"}, "engine='cuda' is not one of auto, ggml, toy"),
+        ({"engine": "cuda"}, "engine='cuda' is not one of auto, ggml, onnx, toy"),
         ({"device": "tpu"}, "device='tpu'"),
         ({"kv_type": "q4"}, "kv_type='q4' is not one of f32, f16"),
         ({"n_ctx": 0}, r"n_ctx=0 is outside 1\.\.64"),

@@ -79,7 +79,7 @@ def test_model_files_are_carried_over_both_ways(checkpoint: Path, tmp_path: Path
         (("onnx", "m.gguf", "-o", "out", "--bits", "8"), "--bits=8 with the model file"),
         (("onnx", "m.gguf", "-o", "out", "--core-bits", "8"), "--core-bits=8 with the model file"),
         (("onnx", "m.gguf", "-o", "out"), "is stored as Q5_0"),
-        (("onnx", "nothing", "-o", "out"), "not a directory"),
+        (("onnx", "nothing", "-o", "out"), "does not exist"),
         (("onnx", "c", "-o", "m.gguf", "--single-file"), "cannot be written"),
         (("onnx", "c", "-o", "one.onnx", "--single-file", "--depth", "3"), "depth=3 with a single file"),
         (("onnx", "c", "-o", "c"), "holds something else"),

@@ -139,7 +139,6 @@ def test_bad_requests_and_bad_weights_leave_nothing_behind(tmp_path: Path) -> No
     assert {path.name for path in tmp_path.iterdir()} == {"c", "broken"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["huginn", "retrofit_llama3", "retrofit_olmo2"])
 def test_onnxruntime_genai_gives_the_tokens_of_the_reference(kind: str, tmp_path: Path) -> None:
     genai = pytest.importorskip("onnxruntime_genai")

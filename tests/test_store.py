@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from localdepth.cli import main
-from localdepth.cli.models import Exporter
+from localdepth.cli.converters import choose_converter
 from localdepth.engine.toy import random_weights
 from localdepth.errors import (
     CheckpointError,
@@ -31,21 +32,29 @@ from localdepth.errors import (
     StorageError,
 )
 from localdepth.gguf import read
+from localdepth.loading import load
+from localdepth.onnx_folder import read as read_folder
+from localdepth.onnx_layout import QUANTS
 from localdepth.store import plan as planning
+from localdepth.store.checkpoint import TEXTS
+from localdepth.store.disk import Format, checksum
 from localdepth.store.folder import Manifest, Store, Verdict, find, model_name
 from localdepth.store.hub import Hub, parse_reference
 from localdepth.store.plan import plan
 from localdepth.store.pull import importable, pull
 from localdepth_export.convert import to_gguf
-from localdepth_train.checkpoint import save
-from tests.conftest import tokenizer_json
+from localdepth_export.onnx_graphs.convert import to_onnx
+from localdepth_train.checkpoint import CARRIED, save
+from tests.conftest import ROOT, tokenizer_json
 from tests.hub import Remote, StandIn, serving
 from tests.published import EXPECTED, make_checkpoint
 
 PIECE = 1 << 16
 LOOPED = "lab/looped"
+GRAPHS = "lab/graphs"
 CHECKPOINT = "lab/huginn-small"
 WEIGHTS = "model.safetensors"
+DEFAULT_ONNX = ROOT / "localdepth" / "models" / "default.onnx"
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +72,14 @@ def model_bytes(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> b
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
     to_gguf(checkpoint, path, quant="Q8_0")
     return path.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def folder_bytes(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """That checkpoint as an ONNX folder, by file name."""
+    folder = tmp_path_factory.mktemp("onnx") / "model"
+    to_onnx(checkpoint, folder, bits=8)
+    return files_of(folder)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -84,12 +101,15 @@ def in_shards(files: dict[str, bytes], folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def server(checkpoint: Path, model_bytes: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    """A Hub with a model file of ours and a checkpoint; downloads are written in small pieces."""
+def server(
+    checkpoint: Path, model_bytes: bytes, folder_bytes: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[StandIn]:
+    """A Hub with a model file of ours, a folder and a checkpoint; downloads are written in small pieces."""
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", PIECE)
     with serving() as state:
         plain = {".gitattributes": b"*.gguf filter=lfs", "README.md": b"---\nlicense: mit\n---\n"}
         state.repos[LOOPED] = Remote({**plain, "looped-Q8_0.gguf": model_bytes}, architecture="localdepth")
+        state.repos[GRAPHS] = Remote({**plain, **folder_bytes})
         state.repos[CHECKPOINT] = Remote({**files_of(checkpoint), "pytorch_model.bin": b"a pickle"})
         yield state
 
@@ -110,9 +130,14 @@ class Place:
             "LOCALDEPTH_HOME": str(self.home),
         }
 
+    def plan(self, reference: str, *, format: Any = None, bits: int | None = None, **wanted: Any) -> Any:  # noqa: A002
+        converter = choose_converter(format, wanted.get("quant"), bits)
+        if bits is not None:
+            wanted["quant"] = QUANTS[bits]
+        return plan(reference, self.store, self.hub, converter, format=format, **wanted)
+
     def pull(self, reference: str, *, keep_download: bool = True, **wanted: Any) -> Any:
-        planned = plan(reference, self.store, self.hub, converter=Exporter(), **wanted)
-        return pull(planned, self.store, self.hub, keep_download=keep_download)
+        return pull(self.plan(reference, **wanted), self.store, self.hub, keep_download=keep_download)
 
     def partial(self) -> list[Path]:
         return list(self.hf_home.rglob("*.incomplete"))
@@ -190,6 +215,10 @@ def test_pickles_are_never_fetched(server: StandIn, place: Place) -> None:
     assert server.sent["pytorch_model.bin"] == 0
 
 
+def test_whatever_goes_with_the_weights_is_fetched() -> None:
+    assert set(CARRIED) <= set(TEXTS)
+
+
 def test_a_published_checkpoint_in_shards_is_converted(server: StandIn, place: Place, tmp_path: Path) -> None:
     files = files_of(make_checkpoint(tmp_path / "published", "retrofit_llama"))
     server.repos["lab/retrofit"] = Remote(in_shards(files, tmp_path))
@@ -199,10 +228,11 @@ def test_a_published_checkpoint_in_shards_is_converted(server: StandIn, place: P
     assert (stored.name, stored.manifest.quant) == ("small", "F16")
 
 
-def test_a_pull_imports_no_torch(place: Place) -> None:
+@pytest.mark.parametrize("kind", list(Format))
+def test_a_pull_imports_no_torch(kind: Format, place: Place) -> None:
     program = (
         "import sys\nfrom localdepth.cli import main\n"
-        f"sys.argv = ['localdepth', 'models', 'pull', '{CHECKPOINT}', '--json']\n"
+        f"sys.argv = ['localdepth', 'models', 'pull', '{CHECKPOINT}', '--format', '{kind}', '--json']\n"
         "try:\n    main()\nexcept SystemExit as done:\n    print(done.code, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], env=place.env, capture_output=True, text=True)
@@ -250,27 +280,192 @@ def test_a_download_that_is_not_kept_leaves_the_cache(place: Place) -> None:
     assert place.pull(CHECKPOINT, keep_download=False).path == stored.path
 
 
+# --- folders of ONNX graphs -------------------------------------------------------------------------------------------
+
+
+def within(folder: str, files: dict[str, bytes]) -> dict[str, bytes]:
+    return {f"{folder}/{name}": content for name, content in files.items()}
+
+
+def test_a_folder_is_pulled_as_it_is_and_answers_by_its_name(
+    server: StandIn, place: Place, folder_bytes: dict[str, bytes]
+) -> None:
+    stored = place.pull(GRAPHS)
+    assert (stored.name, stored.path.name) == ("graphs-INT8", "graphs-INT8.onnx")
+    assert files_of(stored.path) == {**folder_bytes, "README.md": server.repos[GRAPHS].files["README.md"]}
+    assert stored.verify() is Verdict.SOUND
+    manifest = stored.manifest
+    assert (manifest.file, manifest.quant, manifest.license) == (".", "INT8", "apache-2.0")
+    assert manifest.n_bytes == sum(map(len, files_of(stored.path).values()))
+    assert {path.stat().st_nlink for path in stored.path.iterdir()} == {2}  # no second place on the disk
+    assert find("graphs-INT8", place.store.folder) == stored.path
+    with load("graphs-INT8") as model:
+        assert model.generate("the cat", max_tokens=2, depth=1).depth == 1
+
+
+def test_a_folder_inside_a_repository_is_found_beside_other_models(
+    server: StandIn, place: Place, folder_bytes: dict[str, bytes]
+) -> None:
+    server.repos[LOOPED].files |= within("web/onnx", folder_bytes)
+    assert place.pull(LOOPED).name == "looped-Q8_0"  # ggml is installed
+    stored = place.pull(LOOPED, format=Format.ONNX)
+    assert (stored.name, stored.manifest.file) == ("looped-INT8", "web/onnx")
+    assert place.pull(LOOPED, file="web/onnx", name="same").verify() is Verdict.SOUND
+    with pytest.raises(RequestError, match=r"has no GGUF file 'web/onnx'; it has looped-Q8_0\.gguf, web/onnx"):
+        place.pull(LOOPED, file="web/onnx", format=Format.GGUF)
+    assert {path.name for path in stored.path.iterdir()} == set(folder_bytes)
+
+
+def test_one_of_several_folders_is_picked_by_bits_or_name(
+    server: StandIn, place: Place, folder_bytes: dict[str, bytes], checkpoint: Path, tmp_path: Path
+) -> None:
+    to_onnx(checkpoint, tmp_path / "m", bits=4)
+    server.repos[GRAPHS].files |= within("small", files_of(tmp_path / "m"))
+    with pytest.raises(RequestError, match=r"several models: \. \(all of it\), small; choose one with --file"):
+        place.pull(GRAPHS)
+    assert place.pull(GRAPHS, bits=4).name == "graphs-INT4"
+    assert place.pull(GRAPHS, bits=8).name == "graphs-INT8"
+    with pytest.raises(RequestError, match=r"no model of quant 'F16'; it has \. \(all of it\), small"):
+        place.pull(GRAPHS, bits=16)
+    with pytest.raises(RequestError, match=r"no GGUF file; it has \. \(all of it\), small"):
+        place.pull(GRAPHS, format=Format.GGUF)
+
+
+def test_a_checkpoint_becomes_a_folder_where_one_is_wanted(
+    place: Place, checkpoint: Path, folder_bytes: dict[str, bytes]
+) -> None:
+    stored = place.pull(CHECKPOINT, format=Format.ONNX)
+    assert (stored.name, stored.manifest.file, stored.manifest.quant) == ("huginn-small-INT8", None, "INT8")
+    assert stored.verify() is Verdict.SOUND
+    assert files_of(stored.path)["weights.bin"] == folder_bytes["weights.bin"]
+    made = stored.path.stat().st_ino
+    assert place.pull(CHECKPOINT, format=Format.ONNX).path.stat().st_ino == made
+    assert place.pull(CHECKPOINT, bits=4).manifest.quant == "INT4"
+    with read_folder(stored.path) as opened:
+        assert opened.provenance["source"] == f"{CHECKPOINT}@{stored.manifest.commit}"
+        assert opened.provenance["license"] == "apache-2.0"
+
+
+def test_a_damaged_folder_is_made_again(place: Place) -> None:
+    stored = place.pull(GRAPHS)
+    (stored.path / "looped.onnx").unlink()
+    (stored.path / "looped.onnx").write_bytes(b"damaged")  # not into the cache, which has the same file
+    assert place.store.get(stored.name).verify() is Verdict.DAMAGED
+    assert place.pull(GRAPHS).verify() is Verdict.SOUND
+    (stored.path / "config.json").unlink()
+    [listed] = place.store.models()
+    assert (listed.name, listed.verify()) == (stored.name, Verdict.DAMAGED)
+    assert place.pull(GRAPHS).verify() is Verdict.SOUND
+    assert {path.name for path in place.store.folder.glob("[!.]*")} == {"graphs-INT8.onnx", "graphs-INT8.onnx.json"}
+
+
+def changed(record: bytes, **values: Any) -> bytes:
+    return json.dumps({**json.loads(record), **values}).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("model.onnx", None, CheckpointError, r"config.json in lab/graphs names 'model.onnx', which is not beside it"),
+        ("weights.bin", b"short", ModelFileError, r"weights.bin in lab/graphs has 5 bytes, a model of its sizes"),
+        ("config.json", b"{", CheckpointError, r"not valid JSON"),
+        ("config.json", {"later": 1}, ModelFileError, r"unknown key 'later'.* upgrade localdepth"),
+        ("config.json", {"bits": {}}, ModelFileError, r"layers cannot be made of 0 matrices"),
+        ("config.json", {"checksums": {"../up": "0"}}, ModelFileError, r"checksums has none for weights.bin"),
+        ("config.json", {"format": "other"}, CheckpointError, r"no safetensors weights"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_refused_before_the_download(
+    name: str, change: Any, error: type[Exception], message: str, server: StandIn, place: Place
+) -> None:
+    files = server.repos[GRAPHS].files
+    was = files.pop(name)
+    if change is not None:
+        files[name] = changed(was, **change) if isinstance(change, dict) else change
+    with pytest.raises(error, match=message):
+        place.pull(GRAPHS)
+    assert server.sent["weights.bin"] == 0
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "pass.onnx", "looped.onnx"])
+def test_a_folder_of_other_bytes_than_its_record_says_does_not_enter_the_store(
+    name: str, server: StandIn, place: Place
+) -> None:
+    files = server.repos[GRAPHS].files
+    files[name] = files[name][:-1] + bytes([files[name][-1] ^ 1])
+    with pytest.raises(ModelFileError, match="checksum"):
+        place.pull(GRAPHS)
+    assert place.store.models() == []
+    assert list((place.store.folder / ".pull").iterdir()) == []
+
+
+def test_a_folder_in_the_cache_is_imported_without_a_network(
+    server: StandIn, place: Place, request: pytest.FixtureRequest
+) -> None:
+    huggingface_hub.snapshot_download(GRAPHS, cache_dir=place.hub.cache, endpoint=place.env["HF_ENDPOINT"])
+    request.getfixturevalue("offline")
+    server.asked.clear()
+    [found] = importable(place.store, place.hub, choose_converter())
+    assert (found.reference, found.file) == (GRAPHS, ".")
+    assert place.pull(GRAPHS).verify() is Verdict.SOUND
+    assert (list(importable(place.store, place.hub, choose_converter())), server.asked) == ([], [])
+    [weights] = (place.hub.cache).rglob("weights.bin")
+    weights.unlink()
+    with pytest.raises(MachineError, match=r"cache lacks 'weights\.bin' of lab/graphs and the Hub cannot be asked"):
+        place.pull(GRAPHS)
+    assert list(importable(Store(place.home / "other"), place.hub, choose_converter())) == []
+
+
+@pytest.mark.parametrize(
+    "die_at",
+    [
+        "from localdepth_export.onnx_graphs import folder\nfolder.unrolled_graph = die\n",
+        "was = Path.replace\n"
+        "Path.replace = lambda path, to: die() if Path(to).suffix == '.onnx' and path.is_dir() else was(path, to)\n",
+    ],
+    ids=["while it is made", "when it takes its place"],
+)
+def test_a_pull_killed_while_it_makes_a_folder_leaves_nothing_that_looks_whole(
+    die_at: str, server: StandIn, place: Place
+) -> None:
+    place.pull(CHECKPOINT, format=Format.ONNX)
+    server.repos[CHECKPOINT].files["README.md"] = b"new"
+    program = (
+        "import os, sys\nfrom pathlib import Path\n"
+        "def die(*_):\n    os.kill(os.getpid(), 9)\n"
+        f"{die_at}from localdepth.cli import main\n"
+        f"sys.argv = ['localdepth', 'models', 'pull', '{CHECKPOINT}', '--format', 'onnx']\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=place.env, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [stored for stored in place.store.models() if stored.verify() is not Verdict.SOUND] == []
+    assert place.pull(CHECKPOINT, format=Format.ONNX).manifest.commit == server.repos[CHECKPOINT].commit
+    assert list((place.store.folder / ".pull").iterdir()) == []
+
+
 # --- which file, which name -------------------------------------------------------------------------------------------
 
 
 def test_one_of_several_files_is_picked_by_quant_or_name(server: StandIn, place: Place, model_bytes: bytes) -> None:
     server.repos[LOOPED].files["sub/looped-F16.gguf"] = model_bytes
-    with pytest.raises(RequestError, match=r"several model files: looped-Q8_0\.gguf, sub/looped-F16\.gguf; .*--file"):
+    with pytest.raises(RequestError, match=r"several models: looped-Q8_0\.gguf, sub/looped-F16\.gguf; .*--file"):
         place.pull(LOOPED)
     assert place.pull(LOOPED, quant="f16").name == "looped-F16"
     assert place.pull(LOOPED, file="looped-Q8_0.gguf").name == "looped-Q8_0"
-    with pytest.raises(RequestError, match=r"no model file 'other\.gguf'; it has looped-Q8_0"):
+    with pytest.raises(RequestError, match=r"no model 'other\.gguf'; it has looped-Q8_0"):
         place.pull(LOOPED, file="other.gguf")
-    with pytest.raises(RequestError, match=r"no model file of quant 'Q4_K'"):
+    with pytest.raises(RequestError, match=r"no model of quant 'Q4_K'; it has looped"):
         place.pull(LOOPED, quant="Q4_K")
 
 
 def test_a_model_from_elsewhere_is_not_replaced(server: StandIn, place: Place) -> None:
     server.repos["other/looped"] = server.repos[LOOPED]
     place.pull(LOOPED)
-    with pytest.raises(RequestError, match=r"there is a model looped-Q8_0 from lab/looped .*--name"):
+    with pytest.raises(RequestError, match=r"there is a model looped-Q8_0\.gguf from lab/looped .*--name"):
         place.pull("other/looped")
     assert place.pull("other/looped", name="theirs").name == "theirs"
+    with pytest.raises(RequestError, match=r"there is a model theirs\.gguf from other/looped .*--name"):
+        place.pull(GRAPHS, name="Theirs")
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", "default", ".hidden", "x" * 101, "new\nline", "-n"])
@@ -317,7 +512,11 @@ def config_of(model_type: str) -> dict[str, bytes]:
         ({"config.json": b"[]", WEIGHTS: b""}, CheckpointError, "must hold a JSON object"),
         ({"config.json": b"{", WEIGHTS: b""}, CheckpointError, "not valid JSON"),
         ({"config.json": b"{}", "pytorch_model.bin": b""}, CheckpointError, "pickled weights are not read"),
-        ({"README.md": b"hello"}, CheckpointError, "neither a GGUF file nor a checkpoint .* it has README.md"),
+        (
+            {"README.md": b"hello"},
+            CheckpointError,
+            "nor a checkpoint with config.json; it has README.md",
+        ),
         ({}, CheckpointError, "it has nothing"),
     ],
 )
@@ -389,9 +588,14 @@ def test_an_unknown_quant_is_refused_before_the_download(server: StandIn, place:
     assert server.sent[WEIGHTS] == 0
 
 
-def test_a_checkpoint_needs_the_exporter(place: Place) -> None:
-    with pytest.raises(MissingExtra, match=r"localdepth\[export\]"):
-        plan(CHECKPOINT, place.store, place.hub)
+def test_a_checkpoint_needs_the_exporter_and_a_model_does_not(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [name for name in sys.modules if name.startswith(("localdepth_export", "localdepth_train"))]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(MissingExtra, match=r"safetensors is not installed; type: .*localdepth\[export\]"):
+        place.pull(CHECKPOINT)
+    place.pull(LOOPED)
+    assert [item.reference for item in importable(place.store, place.hub, choose_converter())] == []
 
 
 def test_what_does_not_fit_on_the_disk_is_refused_with_the_numbers(
@@ -428,7 +632,7 @@ def test_the_next_pull_goes_on_where_a_broken_one_stopped(
 
     server.status.clear()
     server.sent.clear()
-    planned = plan(CHECKPOINT, place.store, place.hub, converter=Exporter())
+    planned = place.plan(CHECKPOINT)
     assert planned.n_download == size - kept
     assert place.pull(CHECKPOINT).verify() is Verdict.SOUND
     assert server.sent[WEIGHTS] == size - kept + 2 * 100_001  # and its header, for each of the plans
@@ -590,13 +794,14 @@ def test_an_interrupted_pull_keeps_what_has_arrived(server: StandIn, place: Plac
 def test_a_pull_killed_while_it_converts_leaves_nothing_that_looks_whole(server: StandIn, place: Place) -> None:
     program = (
         "import os\n"
-        "from localdepth.cli.models import Exporter, Hub, Store, plan, pull\n"
-        "class Dying(Exporter):\n"
-        "    def convert(self, folder, out, *_):\n"
-        "        out.write_bytes(b'GGUF half a file')\n"
-        "        os.kill(os.getpid(), 9)\n"
+        "from localdepth.cli.models import Hub, Store, choose_converter, plan, pull\n"
+        "from localdepth_export import convert\n"
+        "def half(folder, out, **_):\n"
+        "    out.write_bytes(b'GGUF half a file')\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "convert.to_gguf = half\n"
         "store, hub = Store(), Hub()\n"
-        f"pull(plan({CHECKPOINT!r}, store, hub, converter=Dying()), store, hub)"
+        f"pull(plan({CHECKPOINT!r}, store, hub, choose_converter()), store, hub)"
     )
     done = subprocess.run([sys.executable, "-c", program], env=place.env)
     assert done.returncode == -signal.SIGKILL
@@ -650,11 +855,11 @@ def test_what_the_cache_has_is_imported_while_the_hub_fails(server: StandIn, pla
 def test_what_another_tool_downloaded_is_found_and_imported(place: Place) -> None:
     huggingface_hub.snapshot_download(CHECKPOINT, cache_dir=place.hub.cache, endpoint=place.env["HF_ENDPOINT"])
     huggingface_hub.snapshot_download(LOOPED, cache_dir=place.hub.cache, endpoint=place.env["HF_ENDPOINT"])
-    found = list(importable(place.store, place.hub, Exporter()))
+    found = list(importable(place.store, place.hub, choose_converter()))
     assert [(item.reference, item.file) for item in found] == [(CHECKPOINT, None), (LOOPED, "looped-Q8_0.gguf")]
-    assert [item.reference for item in importable(place.store, place.hub, None)] == [LOOPED]
+    assert [item.reference for item in importable(place.store, place.hub, choose_converter())] == [CHECKPOINT, LOOPED]
     place.pull(LOOPED)
-    assert [item.reference for item in importable(place.store, place.hub, Exporter())] == [CHECKPOINT]
+    assert [item.reference for item in importable(place.store, place.hub, choose_converter())] == [CHECKPOINT]
 
 
 @pytest.mark.usefixtures("offline")
@@ -663,7 +868,7 @@ def test_offline_says_what_is_missing_and_what_to_do(place: Place) -> None:
         MachineError, match=r"HF_HUB_OFFLINE is set; unset it\. The cache in .* does not have it either"
     ):
         place.pull(LOOPED)
-    assert list(importable(place.store, place.hub, Exporter())) == []
+    assert list(importable(place.store, place.hub, choose_converter())) == []
 
 
 def test_no_connection_says_so(place: Place) -> None:
@@ -686,7 +891,7 @@ def test_a_snapshot_of_two_names_is_offered_once(place: Place) -> None:
     fill_cache(place, LOOPED)
     refs = place.hub.cache / "models--lab--looped" / "refs"
     (refs / "v1").write_text((refs / "main").read_text())
-    assert [item.reference for item in importable(place.store, place.hub, None)] == [LOOPED]
+    assert [item.reference for item in importable(place.store, place.hub, choose_converter())] == [LOOPED]
 
 
 def test_a_damaged_file_in_the_cache_is_not_imported(place: Place, request: pytest.FixtureRequest) -> None:
@@ -733,7 +938,7 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
     "content", [b"", b"{", b"[]", b"null", b"{}", b"[" * 10**5, b"\xff\xfe", b'{"sha256": 1}', b" " * 10**6, None]
 )
 def test_a_manifest_that_is_damaged_counts_as_none(content: bytes | None, store: Store) -> None:
-    path = store.folder / "mine.json"
+    path = store.folder / "mine.gguf.json"
     path.mkdir() if content is None else path.write_bytes(content)
     [stored] = store.models()
     assert stored.manifest is None
@@ -741,14 +946,14 @@ def test_a_manifest_that_is_damaged_counts_as_none(content: bytes | None, store:
 
 
 def test_a_manifest_of_wrong_types_counts_as_none(store: Store) -> None:
-    MANIFEST.write(store.folder / "mine.json")
-    record = json.loads((store.folder / "mine.json").read_text())
-    (store.folder / "mine.json").write_text(json.dumps({**record, "n_bytes": "1"}))
+    MANIFEST.write(store.folder / "mine.gguf.json")
+    record = json.loads((store.folder / "mine.gguf.json").read_text())
+    (store.folder / "mine.gguf.json").write_text(json.dumps({**record, "n_bytes": "1"}))
     assert store.get("mine").manifest is None
 
 
 def test_a_file_of_another_size_is_damaged(store: Store) -> None:
-    MANIFEST.write(store.folder / "mine.json")
+    MANIFEST.write(store.folder / "mine.gguf.json")
     assert store.get("mine").verify() is Verdict.DAMAGED
 
 
@@ -763,7 +968,7 @@ def test_only_the_names_in_the_folder_are_found(name: str, store: Store) -> None
 
 def test_links_are_removed_and_not_what_they_point_to(store: Store, model_file: Path, tmp_path: Path) -> None:
     (store.folder / "link.gguf").symlink_to(model_file)
-    (store.folder / "link.json").symlink_to(tmp_path / "secret")
+    (store.folder / "link.gguf.json").symlink_to(tmp_path / "secret")
     (tmp_path / "secret").write_text("keep")
     (store.folder / "dangling.gguf").symlink_to("nowhere")
     (store.folder / "loop.gguf").symlink_to("loop.gguf")
@@ -775,10 +980,46 @@ def test_links_are_removed_and_not_what_they_point_to(store: Store, model_file: 
     assert [stored.name for stored in store.models()] == ["mine"]
 
 
+def test_folders_are_linked_and_removed_as_files_are(store: Store, tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere"
+    shutil.copytree(DEFAULT_ONNX, target)
+    (store.folder / "link.onnx").symlink_to(target)
+    shutil.copytree(DEFAULT_ONNX, store.folder / "own.onnx")
+    (store.folder / "own.onnx" / ".DS_Store").write_bytes(b"left by a file manager")
+    (store.folder / "single.onnx").write_bytes(b"a graph with its weights is no folder")
+    n_bytes = sum(path.stat().st_size for path in target.iterdir())
+    assert [(stored.name, stored.n_bytes, stored.verify()) for stored in store.models()[::2]] == [
+        ("link", n_bytes, Verdict.SOUND),
+        ("own", n_bytes, Verdict.SOUND),
+    ]
+    assert (store.remove("link"), store.remove("own")) == (0, n_bytes)
+    assert len(list(target.iterdir())) == len(list(DEFAULT_ONNX.iterdir()))
+    assert [stored.name for stored in store.models()] == ["mine"]
+
+
+def test_the_checksum_of_a_folder_is_that_of_its_list_of_checksums(tmp_path: Path) -> None:
+    (tmp_path / "m" / "B").mkdir(parents=True)
+    for name in ("b", "a", "B/c"):
+        (tmp_path / "m" / name).write_bytes(name.encode())
+    line = "find . -type f | cut -c3- | LC_ALL=C sort | xargs sha256sum | sha256sum"
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path / "m", capture_output=True, text=True, check=True)
+    assert checksum(tmp_path / "m") == done.stdout.split()[0]
+
+
+def test_a_file_and_a_folder_of_one_name_are_called_by_their_whole_names(store: Store) -> None:
+    shutil.copytree(DEFAULT_ONNX, store.folder / "mine.onnx")
+    assert [stored.name for stored in store.models()] == ["mine.gguf", "mine.onnx"]
+    assert find("mine", store.folder) is None
+    assert find("mine.onnx", store.folder) == store.folder / "mine.onnx"
+    store.remove("mine.gguf")
+    assert find("mine", store.folder) == store.folder / "mine.onnx"
+
+
 def test_removing_says_what_it_frees(place: Place) -> None:
-    converted, linked = place.pull(CHECKPOINT), place.pull(LOOPED)
+    converted, linked, folder = place.pull(CHECKPOINT), place.pull(LOOPED), place.pull(GRAPHS)
     assert place.store.remove(converted.name) == converted.n_bytes
     assert place.store.remove(linked.name) == 0  # the cache holds the same bytes
+    assert place.store.remove(folder.name) == 0
     assert list(place.store.folder.glob("[!.]*")) == []
 
 
@@ -808,7 +1049,7 @@ def test_the_commands_from_pull_to_rm(server: StandIn, place: Place) -> None:
     pulled = place.run("pull", CHECKPOINT, "--quant", "q8_0")
     assert pulled.returncode == 0, pulled.stderr
     assert pulled.stdout.startswith("huginn-small-Q8_0: 297 kB in ")
-    assert "licence apache-2.0: 1.07 MB to download; becomes huginn-small-Q8_0, converted to Q8_0" in pulled.stderr
+    assert "apache-2.0: 1.07 MB to download; becomes the GGUF file huginn-small-Q8_0, converted" in pulled.stderr
     assert "\x1b" not in pulled.stderr
     assert one_line(place.run("pull", LOOPED, "--json"))["name"] == "looped-Q8_0"
 
@@ -837,6 +1078,40 @@ def test_the_commands_from_pull_to_rm(server: StandIn, place: Place) -> None:
         (LOOPED, "looped-Q8_0.gguf"),
     ]
     assert "looped-Q8_0.gguf" in place.run("list").stdout
+
+
+def test_the_commands_know_folders(server: StandIn, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulled = place.run("pull", CHECKPOINT, "--format", "onnx", "--bits", "4", "--name", "small")
+    assert pulled.returncode == 0, pulled.stderr
+    assert "becomes the ONNX folder small, converted to INT4" in pulled.stderr
+    assert one_line(place.run("pull", GRAPHS, "--json"))["format"] == "onnx"
+    listed = one_line(place.run("list", "--json"))["models"]
+    assert [(row["name"], row["format"], row["quant"]) for row in listed[1:]] == [
+        ("graphs-INT8", "onnx", "INT8"),
+        ("small", "onnx", "INT4"),
+    ]
+    assert one_line(place.run("show", "small", "--json"))["manifest"]["quant"] == "INT4"
+    assert place.run("verify").stdout == "graphs-INT8  sound\nsmall        sound\n"
+    removed = place.run("rm", "graphs-INT8", "-y").stdout
+    assert removed.startswith("removed graphs-INT8, 0 bytes freed; the Hugging Face cache")
+    importing = place.run("list").stdout.partition("to import")[2].splitlines()
+    assert any(line.startswith(GRAPHS) and line.endswith("ONNX folder") for line in importing)
+    monkeypatch.setattr("localdepth.cli.converters.find_libraries", lambda: None)
+    assert one_line(place.run("pull", CHECKPOINT, "--json"))["name"] == "huginn-small-INT8"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--quant", "Q8_0", "--bits", "8"), "--quant=Q8_0 is for GGUF files and --bits=8 for ONNX folders"),
+        (("--quant", "Q8_0", "--format", "onnx"), "ONNX folders take --bits, one of 32, 16, 8, 4"),
+        (("--bits", "8", "--format", "gguf"), "GGUF files take --quant, such as Q8_0"),
+        (("--bits", "3"), "--bits=3 is not one of 32, 16, 8, 4"),
+    ],
+)
+def test_options_of_the_other_format_are_refused(options: tuple[str, ...], message: str, place: Place) -> None:
+    done = place.run("pull", CHECKPOINT, *options, "--json")
+    assert (done.returncode, message in one_line(done)["error"]["message"]) == (2, True)
 
 
 def test_verify_fails_for_what_is_damaged(place: Place) -> None:

@@ -17,13 +17,13 @@ from localdepth.engine.ggml.engine import GgmlEngine
 from localdepth.engine.onnx.engine import OnnxEngine
 from localdepth.errors import ConfigError, MissingExtra, install_line
 from localdepth.gguf import GgufFile
-from localdepth.loading import open_model
 from localdepth.model import Model
 from localdepth.onnx_folder import OnnxFolder
 from localdepth.onnx_layout import QUANTS
 from localdepth.prompt import PromptReader
 from localdepth.quant import Quant
 from localdepth.record import Check, CheckStatus
+from localdepth.store.disk import open_model
 from localdepth_export import gguf_writer
 from localdepth_export.divergence import compare, run
 from localdepth_export.importance import Importance

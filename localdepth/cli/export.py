@@ -88,7 +88,7 @@ def export_onnx(
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint as ONNX; a GGUF file as it is, where ONNX can hold its numbers."""
-    with needs("export"):
+    with needs("onnx"):
         from localdepth_export.carry import gguf_to_onnx
         from localdepth_export.onnx_graphs.convert import to_onnx
     with console.tracking("writing") as on_progress:

@@ -20,9 +20,10 @@ from localdepth.cli.options import (
     read_text,
 )
 from localdepth.errors import MissingExtra
-from localdepth.loading import locate, open_model, plan_file
+from localdepth.loading import locate, plan_file
 from localdepth.memory import MemoryPlan, as_size
 from localdepth.record import summary
+from localdepth.store.disk import open_model
 
 __all__ = ["inspect", "verify"]
 

@@ -1,31 +1,28 @@
 """Models on this machine: ``models list``, ``pull``, ``show``, ``rm``, ``verify``."""
 
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
-from importlib.resources import files
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from localdepth import console
 from localdepth.cli.common import CHECK_FAILED, app, brief, command
+from localdepth.cli.converters import choose_converter
 from localdepth.cli.options import JsonOption
-from localdepth.config import ModelConfig
-from localdepth.engine.ggml.lib import library
 from localdepth.errors import LocalDepthError, RequestError
-from localdepth.gguf import read
-from localdepth.loading import DEFAULT_MODEL
+from localdepth.loading import locate
 from localdepth.memory import as_size
+from localdepth.onnx_layout import QUANTS
 from localdepth.record import quant_of, summary
-from localdepth.store.folder import DEFAULT_NAME, Progress, Store, Stored, Verdict
+from localdepth.store.disk import Format, n_bytes_of, open_model
+from localdepth.store.folder import DEFAULT_NAME, Store, Stored, Verdict
 from localdepth.store.hub import Hub
-from localdepth.store.plan import Converter, Plan, plan
+from localdepth.store.plan import Plan, plan
 from localdepth.store.pull import importable, pull
+from localdepth.store.ready import ROOT
 
-__all__ = ["Exporter", "list_models", "models_app", "pull_model", "remove_model", "show_model", "verify_models"]
+__all__ = ["list_models", "models_app", "pull_model", "remove_model", "show_model", "verify_models"]
 
 models_app = typer.Typer(help="Models on this machine, and how they get there.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
@@ -40,16 +37,17 @@ def list_models(as_json: JsonOption = False) -> None:
     store = Store()
     rows = [_describe(_default_model()) | {"from": "localdepth"}, *map(_describe, store.models())]
     with console.waiting("looking through the Hugging Face cache"):
-        others = [asdict(found) for found in importable(store, Hub(), _converter())]
+        others = [asdict(found) for found in importable(store, Hub(), choose_converter())]
     if as_json:
         console.emit({"folder": str(store.folder), "models": rows, "importable": others})
         return
     console.show_table(
-        ("name", "size", "quant", "parameters", "depth", "licence", "parity", "from"),
+        ("name", "size", "format", "quant", "parameters", "depth", "licence", "parity", "from"),
         [
             (
                 row["name"],
                 as_size(row["n_bytes"]),
+                row["format"],
                 row["quant"] or "-",
                 f"{row['n_params']:,}" if row["n_params"] else "-",
                 f"1..{row['max_depth']}" if row["max_depth"] else "-",
@@ -65,7 +63,7 @@ def list_models(as_json: JsonOption = False) -> None:
         console.say.print()
         console.show_table(
             ("to import with `models pull`", "size", "is"),
-            [(found["reference"], as_size(found["n_bytes"]), found["file"] or "checkpoint") for found in others],
+            [(found["reference"], as_size(found["n_bytes"]), _kind(found["file"])) for found in others],
             "in the Hugging Face cache",
         )
 
@@ -74,9 +72,17 @@ def list_models(as_json: JsonOption = False) -> None:
 @command
 def pull_model(
     reference: Annotated[str, typer.Argument(help="OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face Hub.")],
-    file: Annotated[str | None, typer.Option("--file", help="Which GGUF file, where there are several.")] = None,
+    file: Annotated[
+        str | None, typer.Option("--file", help="Which GGUF file or ONNX folder, where there are several.")
+    ] = None,
+    kind: Annotated[
+        Format | None, typer.Option("--format", help="Of the model here; GGUF where ggml is installed, else ONNX.")
+    ] = None,
     quant: Annotated[
-        str | None, typer.Option("--quant", "-q", help="Of the file to take, or to convert to; Q8_0 without it.")
+        str | None, typer.Option("--quant", "-q", help="Of a GGUF file to take, or to convert to; Q8_0 without it.")
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option("--bits", "-b", help="The same of an ONNX folder: 32, 16, 8 or 4; 8 without it.")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="What to call it here.")] = None,
     keep_download: Annotated[
@@ -85,9 +91,19 @@ def pull_model(
     as_json: JsonOption = False,
 ) -> None:
     """Get a model from the Hugging Face Hub or its cache; a checkpoint is converted. Stopped, it goes on later."""
-    store, hub = Store(), Hub()
+    store, hub, converter = Store(), Hub(), choose_converter(kind, quant, bits)
+    takes_any = kind is None and quant is None and bits is None
     with console.waiting(console.plain(f"asking for {reference}")):
-        planned = plan(reference, store, hub, file=file, quant=quant, name=name, converter=_converter())
+        planned = plan(
+            reference,
+            store,
+            hub,
+            converter,
+            file=file,
+            format=None if takes_any else converter.format,
+            quant=quant if bits is None else QUANTS[bits],
+            name=name,
+        )
     console.notes.print(console.plain(_in_words(planned)))
     with console.tracking_all() as progress:
         stored = pull(planned, store, hub, keep_download=keep_download, progress=progress)
@@ -102,7 +118,7 @@ def pull_model(
 def show_model(name: NameArgument, as_json: JsonOption = False) -> None:
     """Show what a model holds and where it came from."""
     stored = _default_model() if name == DEFAULT_NAME else Store().get(name)
-    with read(stored.path) as opened:
+    with open_model(stored.path) as opened:
         record = summary(opened)
     manifest = asdict(stored.manifest) if stored.manifest else None
     if as_json:
@@ -165,25 +181,32 @@ def _agrees(question: str) -> bool:
 def _in_words(planned: Plan) -> str:
     repository = planned.repository
     place = " in the cache" if repository.is_cached else ""
-    becomes = f"{planned.name}, converted to {planned.quant}" if planned.converter else planned.name
+    converted = f", converted to {planned.converter.quant}" if planned.converter else ""
     return (
         f"{repository.repo}{place} at {repository.commit[:12]}, licence {repository.license or 'not named'}: "
-        f"{as_size(planned.n_download)} to download; becomes {becomes}, {as_size(planned.n_result)}"
+        f"{as_size(planned.n_download)} to download; becomes the {planned.format.in_words} {planned.name}{converted}, "
+        f"{as_size(planned.n_result)}"
     )
 
 
 def _default_model() -> Stored:
-    path = Path(str(files("localdepth") / "models" / DEFAULT_MODEL))
-    return Stored(path, path.stat().st_size, None)
+    path = locate(None)
+    return Stored(DEFAULT_NAME, path, n_bytes_of(path), None)
+
+
+def _kind(file: str | None) -> str:
+    """What there is to import, in a word or by its name."""
+    return {None: "checkpoint", ROOT: Format.ONNX.in_words}.get(file) or str(file)
 
 
 def _describe(stored: Stored) -> dict[str, Any]:
-    """A line of the list; a file that cannot be read has an error in place of its facts."""
+    """A line of the list; a model that cannot be read has an error in place of its facts."""
     manifest = stored.manifest
     record: dict[str, Any] = {
         "name": stored.name,
         "path": str(stored.path),
         "n_bytes": stored.n_bytes,
+        "format": stored.path.suffix[1:],
         "quant": None,
         "n_params": None,
         "default_depth": None,
@@ -194,7 +217,7 @@ def _describe(stored: Stored) -> dict[str, Any]:
         "error": None,
     }
     try:
-        with read(stored.path) as opened:
+        with open_model(stored.path) as opened:
             config, check = opened.config, opened.check
             record |= {
                 "quant": quant_of(opened),
@@ -207,46 +230,3 @@ def _describe(stored: Stored) -> dict[str, Any]:
     except LocalDepthError as error:
         record["error"] = str(error)
     return record
-
-
-class Exporter:
-    """The exporter, as the store wants it."""
-
-    def spell(self, quant: str) -> str:
-        from localdepth_export.recipe import Recipe
-
-        return str(Recipe.parse(quant))
-
-    def weigh(self, record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str, quant: str) -> int:
-        from localdepth_train.checkpoint.layouts import recognise
-
-        return self._n_bytes(recognise(record, shapes, Path(where)).config, quant)
-
-    def weigh_folder(self, folder: Path, quant: str) -> int:
-        from localdepth_train.checkpoint import Checkpoint
-
-        return self._n_bytes(Checkpoint(folder).config, quant)
-
-    def convert(
-        self, folder: Path, out: Path, quant: str, source: str, license_name: str | None, progress: Progress
-    ) -> None:
-        from localdepth_export.convert import to_gguf
-
-        shown = partial(progress, f"converting to {quant}")
-        to_gguf(folder, out, quant=quant, source=source, license_name=license_name, on_progress=shown)
-
-    def _n_bytes(self, config: ModelConfig, quant: str) -> int:
-        from localdepth_export.recipe import Recipe
-
-        library()  # what quantises: if it is missing, say so before the download
-        quants, _ = Recipe.parse(quant).choose(config)
-        return sum(quants[name].n_bytes(shape) for name, shape in config.tensors().items())
-
-
-def _converter() -> Converter | None:
-    """The exporter, where what it needs is installed."""
-    try:
-        import localdepth_export.convert  # noqa: F401
-    except ModuleNotFoundError:
-        return None
-    return Exporter()

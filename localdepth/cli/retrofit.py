@@ -86,13 +86,11 @@ def retrofit(
 
 def _on_this_machine(base: str) -> Path:
     """A directory as it is; anything else is a repository, fetched if need be."""
-    from localdepth_train.checkpoint import CARRIED
-
     if Path(base).exists():
         return Path(base)
     console.notes.print(console.plain(f"there is no folder {base} here; asking the Hugging Face Hub for it"))
     with console.tracking_all() as progress:
-        return fetch_checkpoint(base, Hub(), _judge, progress, also=CARRIED)
+        return fetch_checkpoint(base, Hub(), _judge, progress)
 
 
 def _judge(record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:

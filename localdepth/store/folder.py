@@ -1,20 +1,19 @@
-"""The models folder: whole files with a manifest each, and nothing half.
+"""The models folder: whole models with a manifest each, and nothing half.
 
-    <name>.gguf     a model; one dropped in by hand is listed too, as having no manifest
-    <name>.json     its manifest: where it came from, and its checksum
-    .pull/<name>/   a pull under way; what a killed one left there goes with the next pull
-    .locks/         so that one process at a time pulls a name
+    <name>.gguf         a model; one dropped in by hand is listed too, as having no manifest
+    <name>.onnx/        so is a model that is a folder; of two with the same name each is called by its whole file name
+    <name>.gguf.json    the manifest of the model beside it: where it came from, and its checksum
+    .pull/<name>/       a pull or a removal under way; what a killed one left there goes with the next
+    .locks/             so that one process at a time pulls a name
 
 A name that somebody gives is compared with the names in the folder and never joined to a path: none leads outside.
 """
 
-import errno
-import hashlib
 import json
 import os
 import re
 import shutil
-import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -22,48 +21,36 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from localdepth.errors import ModelFileError, RequestError, StorageError
-from localdepth.gguf import read
+from localdepth.errors import ModelFileError, RequestError
+from localdepth.store.disk import (
+    HOME,
+    Format,
+    Progress,
+    checksum,
+    n_bytes_of,
+    n_bytes_owned,
+    open_model,
+    silent,
+    storage,
+)
 
-__all__ = [
-    "DEFAULT_NAME",
-    "HOME",
-    "Manifest",
-    "Progress",
-    "Store",
-    "Stored",
-    "Verdict",
-    "default_folder",
-    "digest",
-    "find",
-    "model_name",
-    "silent",
-    "storage",
-]
+__all__ = ["DEFAULT_NAME", "Manifest", "Store", "Stored", "Verdict", "default_folder", "find", "model_name"]
 
-HOME = "LOCALDEPTH_HOME"  # environment variable: the folder that holds "models", in place of the platform's own
 DEFAULT_NAME = "default"  # what the model that comes with the package is called
-_SUFFIX, _MANIFEST = ".gguf", ".json"
 _PULLS, _LOCKS = ".pull", ".locks"
 _LONGEST_NAME = 100
 _LARGEST_MANIFEST = 1 << 16
-_CHUNK = 1 << 22
-
-Progress = Callable[[str, int, int], None]  # what is being worked on, how much of it is done, how much there is
-
-
-def silent(_what: str, _done: int, _total: int) -> None:
-    """The ``Progress`` of those who do not look."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Where a stored file came from.
+    """Where a stored model came from.
 
     Attributes:
-        sha256: of the stored file, in hex.
-        file: the file of the repository it is; None when it was converted from a checkpoint.
-        quant: how its matrices are stored, as the file says.
+        sha256: its ``checksum``.
+        file: the file or folder of the repository it is, "." for all of it; None when it was converted from a
+            checkpoint.
+        quant: how its matrices are stored, as it says.
         license: of the weights; None when neither repository nor file names one.
         pulled: date and time, UTC, ISO 8601.
     """
@@ -103,7 +90,7 @@ class Manifest:
 
 
 class Verdict(StrEnum):
-    """What comparing a stored file with its manifest gave."""
+    """What comparing a stored model with its manifest gave."""
 
     SOUND = "sound"
     DAMAGED = "damaged"
@@ -112,32 +99,33 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A model file in the folder."""
+    """A model in the folder.
 
+    Attributes:
+        name: what to call it on the command line and in ``load``.
+        path: of the file, or the folder.
+    """
+
+    name: str
     path: Path
     n_bytes: int
     manifest: Manifest | None
 
-    @property
-    def name(self) -> str:
-        """What to call it on the command line and in ``load``."""
-        return self.path.stem
-
     def verify(self, progress: Progress = silent) -> Verdict:
-        """Compare size and checksum with the manifest; without one, the weights with the checksum in the file.
+        """Compare size and checksum with the manifest; without one, the weights with the checksum in the model.
 
         Raises:
-            StorageError: the file cannot be read.
+            StorageError: it cannot be read.
         """
         if self.manifest is None:
             return self._verify_weights()
-        same = self.n_bytes == self.manifest.n_bytes and digest(self.path, progress) == self.manifest.sha256
+        same = self.n_bytes == self.manifest.n_bytes and checksum(self.path, progress) == self.manifest.sha256
         return Verdict.SOUND if same else Verdict.DAMAGED
 
     def _verify_weights(self) -> Verdict:
         try:
-            with read(self.path) as file:
-                intact = file.is_intact()
+            with open_model(self.path) as opened:
+                intact = opened.is_intact()
         except ModelFileError:
             return Verdict.DAMAGED
         return {None: Verdict.NO_MANIFEST, True: Verdict.SOUND, False: Verdict.DAMAGED}[intact]
@@ -154,13 +142,15 @@ class Store:
         self.folder = default_folder() if folder is None else Path(folder)
 
     def models(self) -> list[Stored]:
-        """All model files, by name; whether each can be used is for ``localdepth.gguf.read`` to say."""
+        """All models, by name; whether each can be used is for ``open_model`` to say."""
+        paths = sorted(path for kind in Format for path in self.folder.glob(f"[!.]*.{kind}") if kind.is_at(path))
+        n_named = Counter(path.stem for path in paths)
         found = []
-        for path in sorted(self.folder.glob(f"[!.]*{_SUFFIX}")):
+        for path in paths:
+            name = path.stem if n_named[path.stem] == 1 else path.name
             try:
-                if path.is_file():
-                    found.append(Stored(path, path.stat().st_size, Manifest.read(path.with_suffix(_MANIFEST))))
-            except OSError:  # gone meanwhile, or a link that cannot be followed
+                found.append(Stored(name, path, n_bytes_of(path), Manifest.read(_manifest_of(path))))
+            except OSError:  # gone meanwhile
                 continue
         return found
 
@@ -185,12 +175,11 @@ class Store:
             StorageError: it cannot be removed.
         """
         path = self.get(name).path
-        with storage(path, "removed"):
-            status = path.lstat()
-            path.unlink()
-            path.with_suffix(_MANIFEST).unlink(missing_ok=True)
-        elsewhere = stat.S_ISLNK(status.st_mode) or status.st_nlink > 1  # the Hugging Face cache has the same bytes
-        return 0 if elsewhere else status.st_size
+        with self.staging(path.stem) as aside, storage(path, "removed"):
+            freed = n_bytes_owned(path)
+            path.rename(aside / path.name)  # so that no part of a folder is left in its place
+            _manifest_of(path).unlink(missing_ok=True)
+        return freed
 
     @contextmanager
     def staging(self, name: str, progress: Progress = silent) -> Iterator[Path]:
@@ -215,23 +204,27 @@ class Store:
             finally:
                 shutil.rmtree(place, ignore_errors=True)
 
-    def put(self, made: Path, name: str, manifest: Manifest) -> Stored:
-        """Give a file from ``staging`` its place, in that of an older one of the same name.
+    def put(self, made: Path, manifest: Manifest) -> Stored:
+        """Give a model from ``staging`` its place, in that of an older one of the same name.
 
         Raises:
             StorageError: the folder cannot be written; an older model stays.
         """
-        path = self.folder / f"{name}{_SUFFIX}"
-        beside = path.with_suffix(_MANIFEST)
+        path, aside = self.folder / made.name, made.with_name("replaced")
+        beside = _manifest_of(path)
         before = beside.read_bytes() if beside.is_file() else None
         with storage(path, "written"):
-            manifest.write(beside)  # first: without its file it is not listed
+            manifest.write(beside)  # first: without its model it is not listed
             try:
+                if made.is_dir() and path.is_dir():  # no call exchanges folders
+                    path.rename(aside)
                 made.replace(path)
             except OSError:
+                if aside.exists():
+                    aside.rename(path)
                 beside.unlink() if before is None else beside.write_bytes(before)
                 raise
-        return Stored(path, manifest.n_bytes, manifest)
+        return Stored(path.stem, path, manifest.n_bytes, manifest)
 
     @contextmanager
     def _lock(self, name: str, on_wait: Callable[[], None] | None = None) -> Iterator[bool]:
@@ -270,7 +263,7 @@ def default_folder() -> Path:
 
 
 def find(name: str, folder: str | os.PathLike[str] | None = None) -> Path | None:
-    """The file of the stored model called ``name``, or None."""
+    """The file or folder of the stored model called ``name``, or None."""
     return next((stored.path for stored in Store(folder).models() if stored.name == name), None)
 
 
@@ -286,33 +279,6 @@ def model_name(text: str) -> str:
     return name
 
 
-def digest(path: Path, progress: Progress = silent, name: str | None = None) -> str:
-    """SHA-256 of a file, in hex; ``name`` is what to call it meanwhile.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
-    state, done = hashlib.sha256(), 0
-    with storage(path, "read"), open(path, "rb", buffering=0) as file:
-        total = os.fstat(file.fileno()).st_size
-        while chunk := file.read(_CHUNK):
-            state.update(chunk)
-            done += len(chunk)
-            progress(f"checking {name or path.name}", done, total)
-    return state.hexdigest()
-
-
-@contextmanager
-def storage(path: Path, doing: str, setting: str = HOME) -> Iterator[None]:
-    """Failures of the file system as ours.
-
-    Args:
-        doing: what was to be done with ``path``: "written", "read", "removed".
-        setting: the environment variable that names another place.
-    """
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free space there" if full else f"check the place, or name another one in {setting}"
-        raise StorageError(f"{path} cannot be {doing}: {error.strerror or error}; {remedy}") from error
+def _manifest_of(path: Path) -> Path:
+    """Where the manifest of a model lies."""
+    return path.with_name(f"{path.name}.json")

@@ -28,7 +28,7 @@ from localdepth.errors import (
     RequestError,
     StorageError,
 )
-from localdepth.store.folder import Progress, digest, silent, storage
+from localdepth.store.disk import Progress, digest, silent, storage
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRevisionInfo, ModelInfo

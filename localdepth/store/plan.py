@@ -4,56 +4,54 @@ The repository's description, ``config.json`` and the headers of the weights are
 the model can be run, and whether it has room. The exporter is handed in: the runtime knows no checkpoints.
 """
 
-import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from localdepth.config import PLAIN_MODELS, plain_model
-from localdepth.errors import (
-    CheckpointError,
-    MissingExtra,
-    ModelFileError,
-    RequestError,
-    StorageError,
-    install_line,
-)
+from localdepth.errors import CheckpointError, ModelFileError, RequestError, StorageError
 from localdepth.gguf import ARCHITECTURE
 from localdepth.memory import as_size
-from localdepth.store.checkpoint import CONFIG, existing, list_some, read_config, shapes_of, texts_of, weights_of
-from localdepth.store.folder import HOME, Progress, Store, model_name
+from localdepth.store.checkpoint import CONFIG, existing, list_some, read_json, shapes_of, texts_of, weights_of
+from localdepth.store.disk import HOME, Format, Progress
+from localdepth.store.folder import Store, model_name
 from localdepth.store.hub import Hub, Repository, parse_reference
+from localdepth.store.ready import ROOT, Ready, ready_models
 
-__all__ = ["DEFAULT_QUANT", "Converter", "Plan", "plan"]
-
-DEFAULT_QUANT = "Q8_0"  # what a checkpoint is converted to
+__all__ = ["Converter", "Plan", "plan"]
 
 
 class Converter(Protocol):
-    """Turns a checkpoint into a model file."""
+    """Turns checkpoints into models of one kind, with their numbers stored in one way.
 
-    def spell(self, quant: str) -> str:
-        """A quant as the exporter writes it into files.
+    All of it raises MissingExtra where the exporter is not installed.
+    """
+
+    @property
+    def format(self) -> Format:
+        """What it makes."""
+
+    @property
+    def quant(self) -> str:
+        """How numbers are stored, as models say it.
 
         Raises:
             ConfigError: there is no such quant.
         """
 
-    def weigh(self, record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str, quant: str) -> int:
-        """Bytes of the weights of the file that a checkpoint becomes, from its config.json and its tensors' shapes.
+    def weigh(self, record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> int:
+        """Bytes of the weights of what a checkpoint becomes, from its config.json and its tensors' shapes.
 
         Raises:
             CheckpointError: it is no model that can be read; ``where`` names it.
         """
 
-    def weigh_folder(self, folder: Path, quant: str) -> int:
+    def weigh_folder(self, folder: Path) -> int:
         """The same for a checkpoint that is on this machine."""
 
-    def convert(
-        self, folder: Path, out: Path, quant: str, source: str, license_name: str | None, progress: Progress
-    ) -> None:
+    def convert(self, folder: Path, out: Path, source: str, license_name: str | None, progress: Progress) -> None:
         """Write the checkpoint in ``folder``, which came from ``source``, as ``out``."""
 
 
@@ -63,18 +61,20 @@ class Plan:
 
     Attributes:
         name: of the model in the store.
-        files: what is needed of the repository; the first is the model file, or lies in the checkpoint's folder.
-        converter: for a checkpoint; None for a model file, which is taken as it is.
-        quant: what a checkpoint is converted to.
+        format: of the model in the store.
+        taken: the file or folder of the repository that the model is; None for a checkpoint.
+        files: what is needed of the repository; the first of a checkpoint lies in its folder.
+        converter: for a checkpoint; None for a model, which is taken as it is.
         n_download: bytes that are not in the cache yet.
         n_result: bytes of the model, about.
     """
 
     name: str
+    format: Format
     repository: Repository
+    taken: str | None
     files: tuple[str, ...]
     converter: Converter | None
-    quant: str
     n_download: int
     n_result: int
 
@@ -83,32 +83,34 @@ def plan(
     reference: str,
     store: Store,
     hub: Hub,
+    converter: Converter,
     *,
     file: str | None = None,
+    format: Format | None = None,  # noqa: A002  # what users know it as
     quant: str | None = None,
     name: str | None = None,
-    converter: Converter | None = None,
 ) -> Plan:
     """Decide what to pull, and refuse what will not do before anything large is downloaded.
 
+    What is ready is taken before what has to be converted; of two kinds, the one that ``converter`` makes.
+
     Args:
         reference: ``owner/name`` or ``owner/name@revision``.
-        file: the GGUF file to take, where the repository has several.
-        quant: picks one of several GGUF files by its name; what a checkpoint is converted to, Q8_0 if None.
+        converter: for checkpoints.
+        file: the GGUF file or ONNX folder to take, where the repository has several.
+        format: takes none but these; None takes any.
+        quant: takes none but these, as names of files and records of folders say; None takes any.
         name: of the model in the store; None makes one from the repository's or the file's.
-        converter: for checkpoints; None where the exporter is not installed.
     Raises:
         RequestError: the reference, the file or the name cannot be meant.
         ModelFileError, CheckpointError, ConfigError: nothing there that can be run.
-        MissingExtra: it is a checkpoint, and there is no converter.
+        MissingExtra: it is a checkpoint, and the exporter is not installed.
         MachineError, StorageError: no connection, or no room.
     """
     repository = hub.look(*parse_reference(reference))
-    gguf = _choose_gguf(repository, file, quant)
-    if gguf:
-        made = _plan_file(repository, hub, gguf)
-    else:
-        made = _plan_checkpoint(repository, hub, converter, quant or DEFAULT_QUANT)
+    there = ready_models(repository, hub)
+    ready = _choose(repository, there, converter.format, file, format, quant)
+    made = _plan_ready(repository, hub, ready) if ready else _plan_checkpoint(repository, hub, converter)
     if name is not None and model_name(name) != name:
         raise RequestError(f"name={name!r:.120} holds characters that files may not have; try {model_name(name)}")
     made = replace(made, name=name or model_name(made.name))
@@ -117,24 +119,42 @@ def plan(
     return made
 
 
-def _choose_gguf(repository: Repository, file: str | None, quant: str | None) -> str | None:
-    """The GGUF file to take; None where a checkpoint is to be converted."""
-    there = sorted(name for name in repository.files if name.endswith(".gguf"))
-    if file is not None:
-        if file not in there:
-            raise RequestError(f"{repository.repo} has no model file {file!r:.120}; it has {list_some(there)}")
-        return file
-    fitting = [name for name in there if quant is None or quant.lower() in re.split(r"[/.-]", name.lower())]
-    if len(fitting) > 1:
-        raise RequestError(f"{repository.repo} has several model files: {list_some(fitting)}; choose one with --file")
-    if there and not fitting and CONFIG not in repository.files:
-        raise RequestError(f"{repository.repo} has no model file of quant {quant!r:.40}; it has {list_some(there)}")
-    return fitting[0] if fitting else None
+def _choose(
+    repository: Repository,
+    there: Sequence[Ready],
+    preferred: Format,
+    file: str | None,
+    kind: Format | None,
+    quant: str | None,
+) -> Ready | None:
+    """The model to take; None where a checkpoint is to be converted."""
+    repo = repository.repo
+    fitting = [
+        ready
+        for ready in there
+        if file in (None, ready.where)
+        and kind in (None, ready.format)
+        and (quant is None or quant.lower() in ready.quants)
+    ]
+    best = [ready for ready in fitting if ready.format is preferred] or fitting
+    if len(best) > 1:
+        raise RequestError(f"{repo} has several models: {_listed(best)}; choose one with --file")
+    is_checkpoint = CONFIG in repository.files and ROOT not in {ready.where for ready in there}
+    if not best and (file is not None or (there and not is_checkpoint)):
+        wanted = kind.in_words if kind else "model"
+        called = "" if file is None else f" {file!r:.120}"
+        of_quant = "" if quant is None else f" of quant {quant!r:.40}"
+        raise RequestError(f"{repo} has no {wanted}{called}{of_quant}; it has {_listed(there)}")
+    return best[0] if best else None
 
 
-def _plan_file(repository: Repository, hub: Hub, name: str) -> Plan:
-    """Take a GGUF file, unless the Hub knows it to be of another kind; ``read`` judges it after the download."""
-    kind = repository.architecture
+def _listed(there: Sequence[Ready]) -> str:
+    return list_some([f"{ready.where} (all of it)" if ready.where == ROOT else ready.where for ready in there])
+
+
+def _plan_ready(repository: Repository, hub: Hub, ready: Ready) -> Plan:
+    """Take a model, unless the Hub knows it to be of another kind; all else is judged after the download."""
+    kind = repository.architecture if ready.format is Format.GGUF else None
     if kind is not None and kind.startswith(PLAIN_MODELS):
         raise ModelFileError(f"{repository.repo} holds a {plain_model(kind, 'BASE, its original checkpoint,')}")
     if kind not in (None, ARCHITECTURE):
@@ -143,49 +163,50 @@ def _plan_file(repository: Repository, hub: Hub, name: str) -> Plan:
             "checkpoint, or a file made by `localdepth export gguf`"
         )
     return Plan(
-        name=Path(name).stem,
+        name=ready.name,
+        format=ready.format,
         repository=repository,
-        files=(name,),
+        taken=ready.where,
+        files=ready.files,
         converter=None,
-        quant="",
-        n_download=hub.n_missing(repository, name),
-        n_result=repository.files[name].n_bytes,
+        n_download=sum(hub.n_missing(repository, name) for name in ready.files),
+        n_result=sum(repository.files[name].n_bytes for name in ready.files),
     )
 
 
-def _plan_checkpoint(repository: Repository, hub: Hub, converter: Converter | None, quant: str) -> Plan:
+def _plan_checkpoint(repository: Repository, hub: Hub, converter: Converter) -> Plan:
     repo, texts = repository.repo, texts_of(repository)
-    record = read_config(repository, hub)
+    record = read_json(repository, hub, CONFIG)
     kind = record.get("model_type")
     if isinstance(kind, str) and kind.startswith(PLAIN_MODELS):
         raise CheckpointError(f"{repo} holds a {plain_model(kind, 'BASE, this repository,')}")
-    if converter is None:
-        raise MissingExtra(f"{repo} is a checkpoint, to be converted; type: {install_line('export')}")
-    quant = converter.spell(quant)
+    quant = converter.quant
     weights = weights_of(repository, hub)
     if any(hub.n_missing(repository, name) for name in weights):
-        n_weights = converter.weigh(record, shapes_of(repository, hub, weights), repo, quant)
+        n_weights = converter.weigh(record, shapes_of(repository, hub, weights), repo)
     else:
-        n_weights = converter.weigh_folder(hub.fetch(repository, CONFIG).parent, quant)
+        n_weights = converter.weigh_folder(hub.fetch(repository, CONFIG).parent)
     files = (*texts, *weights)
     return Plan(
         name=f"{repo.rpartition('/')[2]}-{quant}",
+        format=converter.format,
         repository=repository,
+        taken=None,
         files=files,
         converter=converter,
-        quant=quant,
         n_download=sum(hub.n_missing(repository, name) for name in files),
         n_result=n_weights + sum(repository.files[name].n_bytes for name in texts),
     )
 
 
 def _check_name(planned: Plan, store: Store) -> None:
-    """Refuse to replace a model that came from elsewhere."""
+    """Refuse to replace a model that came from elsewhere, and to have two of one name."""
     for stored in store.models():
         known = stored.manifest and stored.manifest.repo
-        if stored.name.casefold() == planned.name.casefold() and known != planned.repository.repo:
+        is_same = known == planned.repository.repo and stored.path.suffix == f".{planned.format}"
+        if stored.path.stem.casefold() == planned.name.casefold() and not is_same:
             raise RequestError(
-                f"there is a model {planned.name} {f'from {known}' if known else 'without a manifest'} in "
+                f"there is a model {stored.path.name} {f'from {known}' if known else 'without a manifest'} in "
                 f"{store.folder}; choose another name with --name, or remove it"
             )
 
@@ -194,7 +215,7 @@ def _check_room(planned: Plan, store: Store, hub: Hub) -> None:
     """Refuse what does not fit on the disks of the cache and of the store."""
     cache, folder = existing(hub.cache), existing(store.folder)
     one_disk = cache.stat().st_dev == folder.stat().st_dev
-    n_result = 0 if one_disk and planned.converter is None else planned.n_result  # a file is linked, not copied
+    n_result = 0 if one_disk and planned.converter is None else planned.n_result  # files are linked, not copied
     wanted = {cache: planned.n_download, folder: n_result}
     if one_disk:
         wanted = {folder: planned.n_download + n_result}

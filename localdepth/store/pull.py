@@ -6,18 +6,19 @@ folder, and the next pull goes on.
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from localdepth.errors import LocalDepthError
-from localdepth.gguf import read
+from localdepth.errors import LocalDepthError, ModelFileError
 from localdepth.record import quant_of
 from localdepth.store.checkpoint import CONFIG
-from localdepth.store.folder import Manifest, Progress, Store, Stored, Verdict, digest, silent, storage
+from localdepth.store.disk import Format, Progress, checksum, n_bytes_of, open_model, silent, storage
+from localdepth.store.folder import Manifest, Store, Stored, Verdict
 from localdepth.store.hub import Hub, Repository
-from localdepth.store.plan import DEFAULT_QUANT, Converter, Plan
+from localdepth.store.plan import Converter, Plan
+from localdepth.store.ready import ROOT, ready_models
 
 __all__ = ["Importable", "importable", "pull"]
 
@@ -28,7 +29,7 @@ class Importable:
 
     Attributes:
         reference: what to pull.
-        file: the GGUF file; None for a checkpoint, which will be converted.
+        file: the GGUF file or ONNX folder, "." for all of the repository; None for a checkpoint, to be converted.
         n_bytes: in the cache.
     """
 
@@ -57,82 +58,106 @@ def pull(
         stored = _at_hand(planned, store, progress)
         if stored is None:
             paths = [hub.fetch(repository, name, progress) for name in planned.files]
-            made = folder / f"{planned.name}.gguf"
+            made = folder / f"{planned.name}.{planned.format}"
             if planned.converter:
                 source = f"{repository.repo}@{repository.commit}"
-                planned.converter.convert(paths[0].parent, made, planned.quant, source, repository.license, progress)
+                planned.converter.convert(paths[0].parent, made, source, repository.license, progress)
             else:
-                read(paths[0]).close()  # refuses what is not ours
-                _take(paths[0], made, progress)
-            stored = store.put(made, planned.name, _manifest(planned, made, progress))
+                _take(paths, made, planned.format, progress)
+            stored = store.put(made, _manifest(planned, made, progress))
             hub.remember(repository)
     if not keep_download:
         hub.forget(repository)
     return stored
 
 
-def importable(store: Store, hub: Hub, converter: Converter | None) -> Iterator[Importable]:
+def importable(store: Store, hub: Hub, converter: Converter) -> Iterator[Importable]:
     """Looped models in the Hugging Face cache that are not in the store."""
     taken = {(m.repo, m.commit, m.file) for stored in store.models() if (m := stored.manifest)}
     for repository in hub.cached():
         reference = repository.repo if repository.revision == "main" else f"{repository.repo}@{repository.revision}"
-        for name in _usable(repository, hub, converter):
-            if (repository.repo, repository.commit, name) not in taken:
-                taken.add((repository.repo, repository.commit, name))
-                files = [repository.files[name]] if name else repository.files.values()
-                yield Importable(reference, name, sum(file.n_bytes for file in files))
+        for where, files in _usable(repository, hub, converter):
+            if (repository.repo, repository.commit, where) not in taken:
+                taken.add((repository.repo, repository.commit, where))
+                yield Importable(reference, where, sum(repository.files[name].n_bytes for name in files))
 
 
-def _usable(repository: Repository, hub: Hub, converter: Converter | None) -> Iterator[str | None]:
-    """GGUF files of ours in a cached repository, and None for a checkpoint that can be converted."""
-    for name in sorted(repository.files):
-        path = hub.held(repository, name)
+def _usable(repository: Repository, hub: Hub, converter: Converter) -> Iterator[tuple[str | None, Sequence[str]]]:
+    """Models of ours in a cached repository and their files, or None for a checkpoint that can be converted."""
+    try:
+        there = ready_models(repository, hub)
+    except LocalDepthError:  # a folder that came in part
+        return
+    for ready in there:
+        if ready.format is Format.ONNX or _is_ours(hub.held(repository, ready.where)):
+            yield ready.where, ready.files
+    config = hub.held(repository, CONFIG)
+    if config and ROOT not in {ready.where for ready in there}:
         try:
-            if path and name.endswith(".gguf"):
-                read(path).close()
-                yield name
-            elif path and name == CONFIG and converter:
-                converter.weigh_folder(path.parent, DEFAULT_QUANT)
-                yield None
-        except LocalDepthError:  # somebody else's model
-            continue
+            converter.weigh_folder(config.parent)
+        except LocalDepthError:  # somebody else's model, or no exporter
+            return
+        yield None, tuple(repository.files)
+
+
+def _is_ours(path: Path | None) -> bool:
+    try:
+        if path:
+            open_model(path).close()
+    except ModelFileError:
+        return False
+    return path is not None
 
 
 def _at_hand(planned: Plan, store: Store, progress: Progress) -> Stored | None:
     """The planned model, where the store has it sound."""
+    wanted = planned.repository.commit, planned.taken
     for stored in store.models():
         manifest = stored.manifest
-        if stored.name != planned.name or manifest is None or manifest.commit != planned.repository.commit:
+        if stored.path.name != f"{planned.name}.{planned.format}" or manifest is None:
             continue
-        same = manifest.quant == planned.quant if planned.converter else manifest.file == planned.files[0]
+        same = (manifest.commit, manifest.file) == wanted
+        same &= planned.converter is None or planned.converter.quant == manifest.quant
         if same and stored.verify(progress) is Verdict.SOUND:
             return stored
     return None
 
 
-def _take(source: Path, made: Path, progress: Progress) -> None:
-    """Give a file of the cache a second name, or copy it where the store is on another file system."""
+def _take(sources: Sequence[Path], made: Path, kind: Format, progress: Progress) -> None:
+    """Give files of the cache a second name, or copy them where the store is on another file system."""
     with storage(made, "written"):
-        try:
-            os.link(source.resolve(), made)
-        except OSError:
-            progress(f"copying {source.name}", 0, 0)
-            shutil.copyfile(source, made)
+        if kind is Format.ONNX:
+            made.mkdir()
+        for source in sources:
+            place = made if kind is Format.GGUF else made / source.name
+            try:
+                os.link(source.resolve(), place)
+            except OSError:
+                progress(f"copying {source.name}", 0, 0)
+                shutil.copyfile(source, place)
 
 
 def _manifest(planned: Plan, made: Path, progress: Progress) -> Manifest:
+    """Where a model came from, once it has proved to be one, and whole.
+
+    Raises:
+        ModelFileError: it has not.
+    """
     repository = planned.repository
-    file = None if planned.converter else planned.files[0]
-    with read(made) as opened:
-        given = opened.provenance.get("license")
-        quant = quant_of(opened)
+    try:
+        with open_model(made) as opened:
+            if opened.is_intact() is False:
+                raise ModelFileError("weights or graphs are not what its checksums say")
+            given, quant = opened.provenance.get("license"), quant_of(opened)
+    except ModelFileError as error:
+        raise ModelFileError(f"{repository.repo} holds no sound model: {error}") from error
     return Manifest(
-        sha256=(repository.files[file].sha256 if file else None) or digest(made, progress),
-        n_bytes=made.stat().st_size,
+        sha256=checksum(made, progress),
+        n_bytes=n_bytes_of(made),
         repo=repository.repo,
         revision=repository.revision,
         commit=repository.commit,
-        file=file,
+        file=planned.taken,
         quant=quant,
         license=repository.license or (given if isinstance(given, str) else None),
         pulled=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -61,6 +61,7 @@ class Session:
         options = library.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = n_threads, 1
         options.enable_cpu_mem_arena = False  # it would keep what the longest prompt took, for each graph
+        options.enable_mem_pattern = False  # without an arena, it leaves holes of a whole graph's working memory
         for key, value in {
             "session.disable_prepacking": str(int(not packs)),
             "session.force_spinning_stop": "1",  # threads of this graph must not take the cores of the next
