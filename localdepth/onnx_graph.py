@@ -1,13 +1,13 @@
 """A graph of our engine, looked through before ONNX Runtime sees it.
 
 Kernels trust sizes and positions that reach them, so a graph must be one that our exporter could have written for the
-model: its ports, weights and operators are those of the model, and where tokens stand comes from ``n_total`` alone.
-What is left to go wrong, shapes that do not match, ONNX Runtime refuses by itself.
+model: its ports, weights and operators are those of the model, where tokens stand comes from ``n_total`` alone, and
+attention gets as many as there are. What is left to go wrong, shapes that do not match, ONNX Runtime refuses by itself.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,8 @@ _ANY: range | None = None
 _FLAG = range(2)
 
 # Operators without attributes, and the attributes that the others may have; see ``_attributes`` for those with sizes.
-_PLAIN = ("Add", "Div", "Identity", "Max", "Mul", "Pad", "Reshape", "Sigmoid", "Slice", "Squeeze", "Sub")
+_ELEMENTWISE = ("Add", "Div", "Max", "Mul", "Sub")
+_PLAIN = (*_ELEMENTWISE, "Identity", "Pad", "Reshape", "Sigmoid", "Slice", "Squeeze")
 _STANDARD: dict[str, dict[str, range | None]] = {
     **{op: {} for op in _PLAIN},
     "Cast": {"to": range(1, 11)},
@@ -54,6 +55,10 @@ class _Node:
     op: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+
+    def input(self, i: int) -> str:
+        """One of the inputs; none is called ""."""
+        return self.inputs[i] if i < len(self.inputs) else ""
 
 
 def check_graph(raw: bytes, name: str, config: ModelConfig, layout: Layout) -> None:
@@ -91,7 +96,7 @@ def _check_ports(way: str, values: list[Message], wanted: Mapping[str, Port]) ->
 
 
 def _initializers(tensors: list[Message], layout: Layout) -> tuple[dict[str, Piece], dict[str, NDArray[Any]]]:
-    """Weights in the file, and constants in the graph."""
+    """Weights in the file, in the shapes that the graph sees, and constants in the graph."""
     pieces = {piece.offset: piece for piece in layout.values()}
     weights: dict[str, Piece] = {}
     constants: dict[str, NDArray[Any]] = {}
@@ -106,7 +111,7 @@ def _initializers(tensors: list[Message], layout: Layout) -> tuple[dict[str, Pie
             piece = pieces.get(_offset(name, tensor))
             if piece is None or (dtype, n_bytes) != (piece.dtype, piece.n_bytes):
                 raise ModelFileError(f"tensor {name!r:.80} is none of the weights of a model of these sizes")
-            weights[name] = piece
+            weights[name] = replace(piece, shape=shape)
         elif tensor["data_location"] or tensor["external_data"] or len(tensor["raw_data"]) != n_bytes:
             raise ModelFileError(f"tensor {name!r:.80} has {len(tensor['raw_data'])} bytes where {n_bytes} belong")
         elif n_bytes > _MAX_CONSTANT:
@@ -157,6 +162,10 @@ class _Reading:
         caches = (cache_names(f"{way}.{stage}", config.n_layer(stage)) for way in ("past", "present"))
         self._caches = list(zip(*caches, strict=True))  # that are still to come, in order
         self._tokens = "ids" if name == "prelude" else "state"
+        # Dimensions of values that begin with [1,T], a row for each token. In a broadcast, T may become something else.
+        self._ranks: dict[str, int | None] = {
+            value: len(port.shape) for value, port in ports.inputs.items() if "n_tokens" in port.shape
+        }
 
     def add(self, node: Message) -> None:
         """Take one node more."""
@@ -176,6 +185,9 @@ class _Reading:
                 raise ModelFileError(f"{op} makes {value!r:.80} again")
             self._made[value] = made
         self._check_place(made)
+        rank = self._rank(made)
+        for value in made.outputs[:1] if made.op == "GroupQueryAttention" else made.outputs:  # others are caches
+            self._ranks[value] = rank
 
     def finish(self) -> None:
         """All nodes have been added."""
@@ -196,29 +208,69 @@ class _Reading:
                     node.inputs[3:5] == (keys[0], values[0])
                     and node.outputs[1:] == (keys[1], values[1])
                     and place == [("Sub", "n_total", 1), "n_total"]
+                    and [self._ranks.get(value) for value in node.inputs[:3]] == [3, 3, 3]
                 )
             case "RotaryEmbedding":
                 first = ("Sub", ("Cast", "n_total"), ("Shape", self._tokens))
                 tables = [self._weights[name] for name in node.inputs[2:] if name in self._weights]
-                right = self._origin(node.inputs[1]) == first and tables == self._tables
+                right = (
+                    self._origin(node.input(1)) == first
+                    and tables == self._tables
+                    and self._ranks.get(node.input(0)) == 3
+                )
             case "Pad":
-                ends = self._constants.get(node.inputs[1], np.array([_MAX_PADDING]))
-                right = len(node.inputs) == 2 and ends.min() >= 0 and ends.sum() < _MAX_PADDING
+                *others, last = self._numbers(node.input(1)) or [_MAX_PADDING]
+                right = len(node.inputs) == 2 and not any(others) and 0 <= last < _MAX_PADDING
             case _:
                 right = True
         if not right:
-            raise ModelFileError(f"{node.op} of {node.inputs[0]!r:.80} is not what a model of these sizes has")
+            raise ModelFileError(f"{node.op} of {node.input(0)!r:.80} is not what a model of these sizes has")
 
-    def _origin(self, value: str) -> object:
+    def _rank(self, node: _Node) -> int | None:
+        """Dimensions of what a node makes, where it is sure to begin with [1,T]."""
+        first = self._ranks.get(node.input(0))
+        match node.op:
+            case "Gather" | "GatherBlockQuantized":
+                matrix = self._n_dims(node.input(0))
+                return matrix + 1 if matrix and self._ranks.get(node.input(1)) == 2 else None
+            case "Reshape":
+                shape = self._numbers(node.input(1))
+                return len(shape) if first and shape[:2] == [0, 0] else None
+            case "Slice":
+                return first if first != 2 and self._numbers(node.input(3)) == [-1] else None
+            case "FusedMatMul":
+                return first if self._n_dims(node.input(1)) == 2 else None
+            case "Squeeze" | "Shape" | "ReduceL2" | "ReduceMean":
+                return None
+            case op if op in (*_ELEMENTWISE, "SkipSimplifiedLayerNormalization"):
+                wide = [value for value in node.inputs if self._n_dims(value) not in (0, 1)]
+                [rank, *others] = {self._ranks.get(value) for value in wide} or {None}
+                return None if others or rank == 2 else rank
+        return first
+
+    def _n_dims(self, value: str) -> int | None:
+        """Dimensions of a weight, also of one that is widened, or of a constant; None of anything else."""
+        node = self._made.get(value)
+        if node and node.op == "Cast":
+            value = node.input(0)
+        tensor = self._weights.get(value, self._constants.get(value))
+        return None if tensor is None else len(tensor.shape)
+
+    def _numbers(self, value: str) -> list[Any]:
+        """A constant as a list; empty where it is none."""
+        constant = self._constants.get(value)
+        return [] if constant is None else constant.reshape(-1).tolist()
+
+    def _origin(self, value: str, depth: int = 2) -> object:
         """How a value comes from inputs and constants, through the operators that places are made with."""
         if value in self._constants:
             return self._constants[value].tolist()
         node = self._made.get(value)
         if node is None:
             return value
-        if node.op not in ("Cast", "Shape", "Sub"):
+        if node.op not in ("Cast", "Shape", "Sub") or depth == 0:  # no place of ours is made in more steps
             return None
-        return node.op, *map(self._origin, node.inputs)
+        return node.op, *(self._origin(name, depth - 1) for name in node.inputs)
 
 
 def _attributes(config: ModelConfig, layout: Layout) -> dict[tuple[str, str], dict[str, range | None]]:

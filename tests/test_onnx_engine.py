@@ -32,6 +32,7 @@ CLOSE = 1e-4  # of logits in float32, whose sums run in another order
 DEPTHS = (1, 2, 4, 8, 16)
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 SLACK = 0.10  # share of the memory plan that may be missed either way
+WIDE = replace(CONFIG, n_core=1, n_head_kv=1, n_ff=4096, n_vocab=1024, n_ctx=2048)  # working memory above all
 PLACES = pytest.mark.parametrize("in_place", [True, False])
 
 
@@ -142,9 +143,11 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_most_a_folder_ever_holds_is_what_was_planned(large: Path) -> None:
+@pytest.mark.parametrize("config", [CONFIG, WIDE], ids=["large", "wide"])
+def test_the_most_a_folder_ever_holds_is_what_was_planned(config: ModelConfig, tmp_path: Path) -> None:
+    folder = engines.write_folder(tmp_path / "model", config, random_weights(config, 0), bits=8)
     program = PROGRAM.replace("load(None)", 'load(None, engine="onnx")')
-    done = subprocess.run([sys.executable, "-c", program, large, "False"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program, folder, "False"], capture_output=True, text=True, check=True)
     planned, held = map(int, done.stdout.split())
     assert abs(held - planned) < SLACK * planned, f"{as_size(planned)} planned, {as_size(held)} held"
 

@@ -223,6 +223,42 @@ def swap_planes(model: Any) -> None:
     node.input[3], node.input[4] = node.input[4], node.input[3]
 
 
+def insert(model: Any, before: str, i: int, op: str, *inputs: str) -> None:
+    """Send an input of the first node of a kind through another node."""
+    target = node_of(model, before)
+    made = helper.make_node(op, [target.input[i], *inputs], ["made"])
+    model.graph.node.insert(list(model.graph.node).index(target), made)
+    target.input[i] = "made"
+
+
+def multiply_tokens(model: Any, op: str, i: int) -> None:
+    """A broadcast makes eight tokens of one."""
+    add_constant(model, "eight", np.zeros((1, 8, 1), np.float32))
+    insert(model, op, i, "Add", "eight")
+
+
+def pad_tokens(model: Any) -> None:
+    add_constant(model, "behind", np.array([0, 0, 0, 0, 7, 0]))
+    insert(model, "GroupQueryAttention", 2, "Pad", "behind")
+
+
+def split_rows(model: Any) -> None:
+    """Two tokens of half the width."""
+    add_constant(model, "halves", np.array([1, -1, SIZES.n_head_kv * SIZES.head_dim // 2]))
+    insert(model, "GroupQueryAttention", 2, "Reshape", "halves")
+
+
+def double_often(model: Any) -> None:
+    """A place that would take for ever to write down."""
+    for i in range(60):
+        model.graph.node.insert(i, helper.make_node("Sub", [f"s{i - 1}" if i else "n_total"] * 2, [f"s{i}"]))
+    node_of(model, "GroupQueryAttention").input[6] = "s59"
+
+
+def take_inputs(model: Any, op: str) -> None:
+    del node_of(model, op).input[:]
+
+
 def attribute(model: Any, op: str, name: str, value: int) -> None:
     next(item for item in node_of(model, op).attribute if item.name == name).i = value
 
@@ -267,6 +303,15 @@ def add_body(model: Any) -> None:
         (move_past_end, "GroupQueryAttention of .* is not what"),
         (rotate_elsewhere, "RotaryEmbedding of .* is not what"),
         (swap_planes, "GroupQueryAttention of .* is not what"),
+        (lambda m: multiply_tokens(m, "GroupQueryAttention", 0), "GroupQueryAttention of .* is not what"),
+        (lambda m: multiply_tokens(m, "GroupQueryAttention", 2), "GroupQueryAttention of .* is not what"),
+        (lambda m: multiply_tokens(m, "RotaryEmbedding", 0), "RotaryEmbedding of .* is not what"),
+        (pad_tokens, "Pad of .* is not what"),
+        (split_rows, "GroupQueryAttention of .* is not what"),
+        (double_often, "GroupQueryAttention of .* is not what"),
+        (lambda m: take_inputs(m, "GroupQueryAttention"), "GroupQueryAttention of '' is not what"),
+        (lambda m: take_inputs(m, "RotaryEmbedding"), "RotaryEmbedding of '' is not what"),
+        (lambda m: take_inputs(m, "SimplifiedLayerNormalization"), "RotaryEmbedding of .* is not what"),
         (lambda m: attribute(m, "GroupQueryAttention", "kv_num_heads", 0), "'kv_num_heads' = 0, unlike this model"),
         (lambda m: attribute(m, "RotaryEmbedding", "rotary_embedding_dim", 1 << 20), "unlike this model"),
         (lambda m: attribute(m, "MatMulNBits", "block_size", 16), "unlike this model"),

@@ -38,7 +38,7 @@ def examples() -> list[tuple[str, str]]:
 def test_two_commands_set_up_a_fresh_machine() -> None:
     main, test = (block.strip() for block in blocks("sh")[:2])
     assert main.startswith("python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/localdepth ask")
-    assert test == 'python3 -m venv .venv && .venv/bin/pip install -e ".[dev]" && .venv/bin/pytest'
+    assert test == 'python3 -m venv .venv && .venv/bin/pip install -e ".[dev]" && .venv/bin/pytest -n logical'
     assert test in (ROOT / ".ci" / "run").read_text()
 
 

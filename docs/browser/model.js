@@ -24,24 +24,29 @@ export class LoopedModel {
     };
     const bytes = async (name) => new Uint8Array(await (await get(name)).arrayBuffer());
     const json = async (name) => (await get(name)).json();
-    const [record, graph, weights, rules, settings] = await Promise.all([
+    const template = async () => {
+      const response = await fetch(`${folder}/chat_template.jinja`); // which not every model has
+      return response.ok ? new Template(await response.text()) : null;
+    };
+    const [record, graph, weights, rules, settings, chat] = await Promise.all([
       json("config.json"),
       bytes("looped.onnx"),
       bytes("weights.bin"),
       json("tokenizer.json"),
       json("tokenizer_config.json"),
+      template(),
     ]);
     const externalData = [{ path: "weights.bin", data: weights }];
     const session = await ort.InferenceSession.create(graph, { externalData });
-    return new LoopedModel(record, session, new Tokenizer(rules, settings), settings);
+    return new LoopedModel(record, session, new Tokenizer(rules, settings), chat);
   }
 
-  constructor(record, session, tokenizer, settings) {
+  constructor(record, session, tokenizer, template) {
     this.config = record.model;
     this.#special = record.tokenizer;
     this.#session = session;
     this.#tokenizer = tokenizer;
-    this.#template = settings.chat_template && new Template(settings.chat_template);
+    this.#template = template;
   }
 
   /** Answer a question `depth` passes deep; yields { text, nTokens, ms } after each token, ms of all but the first. */
@@ -70,7 +75,8 @@ export class LoopedModel {
     const { bos, eos, add_bos: addBos } = this.#special;
     const name = (id) => (id == null ? "" : this.#tokenizer.id_to_token(id));
     const messages = [{ role: "user", content: question }];
-    const text = this.#template?.render({ messages, bos_token: name(bos), eos_token: name(eos[0]) }) ?? question;
+    const tokens = { bos_token: name(bos), eos_token: name(eos[0]) };
+    const text = this.#template?.render({ messages, add_generation_prompt: true, ...tokens }) ?? question;
     const { ids } = this.#tokenizer.encode(text, { add_special_tokens: false });
     return addBos && ids[0] !== bos ? [bos, ...ids] : ids;
   }

@@ -214,7 +214,7 @@ def _opened() -> Ggml:
     folder = find_libraries()
     if folder is None:
         raise MissingExtra(
-            f"running GGUF files needs llama-cpp-python's ggml libraries; install them: {INSTALL_LINE}; "
+            f"GGUF files need llama-cpp-python's ggml libraries; install them: {INSTALL_LINE}; "
             'or run them slowly without: engine="toy" (--engine toy)'
         )
     return Ggml(folder)

@@ -15,7 +15,6 @@ __all__ = ["Planner", "packs"]
 
 _LANE_ROWS = 4  # e, its injected form and two states
 _GRAPHS = 12_000_000  # bytes that three loaded graphs take besides; measured
-_HOLES = 2  # times the working memory that is in use is held, freed pieces between pieces that are not; measured
 
 
 def packs(folder: OnnxFolder, limits: Limits) -> bool:
@@ -60,7 +59,7 @@ class Planner:
             kv=n_slots(config, depth, limits.ring) * plane_bytes(config, limits.n_ctx),
             states=KEPT_ROWS * limits.n_ctx * row_bytes,
             rows=_LANE_ROWS * limits.n_ctx * row_bytes + 4 * config.n_vocab,
-            scratch=_HOLES * scratch + _GRAPHS,
+            scratch=scratch + _GRAPHS,
         )
 
     def smaller(self, depth: int, *, loading: bool) -> Iterator[Iterator[tuple[str, MemoryPlan]]]:
