@@ -21,7 +21,7 @@ from localdepth.errors import ConfigError, ModelFileError
 from localdepth.gguf import GgufFile
 from localdepth.memory import MemoryPlan
 from localdepth.model import Model
-from localdepth.onnx_folder import OnnxFolder, is_folder
+from localdepth.onnx_folder.folder import OnnxFolder, is_folder
 from localdepth.policy.base import DepthPolicy
 from localdepth.prompt import PromptReader
 from localdepth.record import ModelFile

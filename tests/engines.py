@@ -15,8 +15,8 @@ from localdepth.engine.onnx.engine import OnnxEngine
 from localdepth.engine.toy import ToyEngine
 from localdepth.gguf import read
 from localdepth.loop import forward
-from localdepth.onnx_folder import read as read_folder
-from localdepth.onnx_layout import Layout
+from localdepth.onnx_folder.folder import read as read_folder
+from localdepth.onnx_folder.layout import Layout
 from localdepth.policy.base import Decision
 from localdepth.quant import Quant
 from localdepth.record import Provenance, TokenizerRecord

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from localdepth.loading import EngineName, load, locate
-from localdepth.onnx_folder import CHAT_TEMPLATE
+from localdepth.onnx_folder.folder import CHAT_TEMPLATE
 from localdepth_train.tasks import evaluation
 from tests.conftest import ROOT
 

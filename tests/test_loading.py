@@ -17,7 +17,7 @@ from localdepth.engine.toy import ToyEngine, random_weights
 from localdepth.errors import ConfigError, ModelFileError
 from localdepth.gguf import read as read_gguf
 from localdepth.loading import DEFAULT_FOLDER, DEFAULT_MODEL, inspect, load, locate, plan
-from localdepth.onnx_folder import read as read_folder
+from localdepth.onnx_folder.folder import read as read_folder
 from tests import engines
 from tests.conftest import ROOT
 from tests.published import FAMILIES, weights_of

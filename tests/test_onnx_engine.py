@@ -20,7 +20,7 @@ from localdepth.gguf import read as read_gguf
 from localdepth.loading import DEFAULT_MODEL, load, plan
 from localdepth.loop import forward, resume
 from localdepth.memory import as_size
-from localdepth.onnx_folder import read
+from localdepth.onnx_folder.folder import read
 from localdepth.prompt import PromptReader
 from localdepth_train.tasks.questions import evaluation
 from tests import engines

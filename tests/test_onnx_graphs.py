@@ -20,8 +20,8 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from localdepth.config import Injection, ModelConfig
 from localdepth.engine.base import F32, KvType, Limits
 from localdepth.engine.toy import ToyEngine, random_weights
-from localdepth.onnx_layout import BITS, WEIGHTS, Layout, from_blocks, scales_of
-from localdepth.onnx_ports import kv_head_dim
+from localdepth.onnx_folder.layout import BITS, WEIGHTS, Layout, from_blocks, scales_of
+from localdepth.onnx_folder.ports import kv_head_dim
 from localdepth_export.onnx_graphs.bits import choose_bits
 from localdepth_export.onnx_graphs.builder import Builder
 from localdepth_export.onnx_graphs.looped import looped_exit_graph, looped_graph

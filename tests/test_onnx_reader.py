@@ -21,10 +21,10 @@ from localdepth.engine.onnx.engine import OnnxEngine
 from localdepth.engine.toy import random_weights
 from localdepth.errors import EngineError, LocalDepthError, ModelFileError
 from localdepth.loading import inspect, load
-from localdepth.onnx_folder import read
-from localdepth.onnx_layout import BITS, WEIGHTS
-from localdepth.onnx_protobuf import read_model
-from localdepth.onnx_record import CONFIG
+from localdepth.onnx_folder.folder import read
+from localdepth.onnx_folder.layout import BITS, WEIGHTS
+from localdepth.onnx_folder.protobuf import read_model
+from localdepth.onnx_folder.record import CONFIG
 from localdepth.record import CheckStatus, TokenizerRecord, quant_of, summary
 from tests import engines
 from tests.conftest import TEMPLATE, tokenizer_json

@@ -17,7 +17,7 @@ from localdepth.engine.ggml.quantize import quantize
 from localdepth.engine.toy import random_weights
 from localdepth.errors import ConfigError, ModelFileError
 from localdepth.gguf import read
-from localdepth.onnx_layout import from_blocks
+from localdepth.onnx_folder.layout import from_blocks
 from localdepth.quant import Quant
 from localdepth.record import CheckStatus, TokenizerRecord
 from localdepth_export.blocks import BLOCKS, from_ggml, to_ggml

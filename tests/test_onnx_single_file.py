@@ -16,7 +16,7 @@ from localdepth.config import ModelConfig
 from localdepth.engine.base import F32
 from localdepth.engine.toy import random_weights
 from localdepth.errors import ConfigError, StorageError
-from localdepth.onnx_layout import BITS, Layout
+from localdepth.onnx_folder.layout import BITS, Layout
 from localdepth_export.onnx_graphs.convert import to_onnx
 from localdepth_export.onnx_graphs.single_file import write_single
 from localdepth_export.onnx_graphs.source import Source

@@ -20,7 +20,7 @@ from localdepth.engine.base import F32
 from localdepth.engine.ggml.quantize import quantize
 from localdepth.engine.toy import random_weights
 from localdepth.errors import ConfigError
-from localdepth.onnx_layout import BITS, BLOCK, Layout, from_blocks, scales_of
+from localdepth.onnx_folder.layout import BITS, BLOCK, Layout, from_blocks, scales_of
 from localdepth.quant import Quant
 from localdepth_export.blocks import BLOCKS
 from localdepth_export.onnx_graphs.bits import as_text, choose_bits

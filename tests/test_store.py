@@ -33,8 +33,8 @@ from localdepth.errors import (
 )
 from localdepth.gguf import read
 from localdepth.loading import load
-from localdepth.onnx_folder import read as read_folder
-from localdepth.onnx_layout import QUANTS
+from localdepth.onnx_folder.folder import read as read_folder
+from localdepth.onnx_folder.layout import QUANTS
 from localdepth.store import plan as planning
 from localdepth.store.checkpoint import TEXTS
 from localdepth.store.disk import Format, checksum

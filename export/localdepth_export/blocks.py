@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from localdepth.engine.base import F32
 from localdepth.errors import ConfigError
-from localdepth.onnx_layout import BLOCK
+from localdepth.onnx_folder.layout import BLOCK
 from localdepth.quant import Quant
 
 __all__ = ["BLOCKS", "from_ggml", "to_ggml"]

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from localdepth import onnx_folder
 from localdepth.errors import ConfigError, ModelFileError
-from localdepth.gguf import GgufFile, read
-from localdepth.onnx_folder import OnnxFolder
-from localdepth.onnx_layout import QUANTS, Layout, scales_of
+from localdepth.gguf import GgufFile
+from localdepth.gguf import read as read_gguf
+from localdepth.onnx_folder.folder import OnnxFolder
+from localdepth.onnx_folder.folder import read as read_folder
+from localdepth.onnx_folder.layout import QUANTS, Layout, scales_of
 from localdepth.prompt import build_tokenizer
 from localdepth.quant import Quant
 from localdepth.record import Check, CheckStatus, ModelFile, TokenizerRecord, quant_of
@@ -49,7 +50,7 @@ def gguf_to_onnx(
         ConfigError: a matrix is stored as ONNX cannot, or one file cannot hold them all.
         DepthError, StorageError: as ``to_onnx``.
     """
-    with read(file) as opened:
+    with read_gguf(file) as opened:
         _refuse_damaged(opened)
         shapes = opened.config.tensors()
         layout = Layout(opened.config, {name: _bits(opened, name) for name in shapes if len(shapes[name]) > 1})
@@ -79,7 +80,7 @@ def onnx_to_gguf(
         ConfigError: rows that are no whole number of ggml's blocks, or scales that no exporter of ours wrote.
         StorageError: the file cannot be written.
     """
-    with onnx_folder.read(folder) as opened:
+    with read_folder(folder) as opened:
         _refuse_damaged(opened)
         config = opened.config
         quants = {name: _quant(opened, name) for name in config.tensors()}

@@ -11,8 +11,8 @@ from localdepth.engine.base import F32
 from localdepth.engine.ggml.quantize import FITTED, quantize
 from localdepth.errors import ConfigError
 from localdepth.gguf import GgufFile
-from localdepth.onnx_folder import OnnxFolder
-from localdepth.onnx_layout import from_blocks, scales_of
+from localdepth.onnx_folder.folder import OnnxFolder
+from localdepth.onnx_folder.layout import from_blocks, scales_of
 from localdepth.quant import Quant
 from localdepth.record import ModelFile
 from localdepth_export.importance import Importance

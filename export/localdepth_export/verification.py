@@ -18,8 +18,8 @@ from localdepth.engine.onnx.engine import OnnxEngine
 from localdepth.errors import ConfigError, MissingExtra, install_line
 from localdepth.gguf import GgufFile
 from localdepth.model import Model
-from localdepth.onnx_folder import OnnxFolder
-from localdepth.onnx_layout import QUANTS
+from localdepth.onnx_folder.folder import OnnxFolder
+from localdepth.onnx_folder.layout import QUANTS
 from localdepth.prompt import PromptReader
 from localdepth.quant import Quant
 from localdepth.record import Check, CheckStatus

@@ -10,7 +10,7 @@ from localdepth.cli.common import needs
 from localdepth.config import ModelConfig
 from localdepth.engine.ggml.lib import find_libraries, library
 from localdepth.errors import ConfigError
-from localdepth.onnx_layout import BITS, QUANTS, Layout
+from localdepth.onnx_folder.layout import BITS, QUANTS, Layout
 from localdepth.store.disk import Format, Progress
 from localdepth.store.plan import Converter
 

@@ -10,7 +10,7 @@ from localdepth import console
 from localdepth.cli.common import app, command, needs
 from localdepth.cli.options import ImportanceOption, JsonOption
 from localdepth.errors import ConfigError
-from localdepth.onnx_folder import is_folder
+from localdepth.onnx_folder.folder import is_folder
 
 if TYPE_CHECKING:
     from localdepth_export.convert import Export

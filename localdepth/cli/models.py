@@ -13,7 +13,7 @@ from localdepth.cli.options import JsonOption
 from localdepth.errors import LocalDepthError, RequestError
 from localdepth.loading import locate
 from localdepth.memory import as_size
-from localdepth.onnx_layout import QUANTS
+from localdepth.onnx_folder.layout import QUANTS
 from localdepth.record import quant_of, summary
 from localdepth.store.disk import Format, n_bytes_of, open_model
 from localdepth.store.folder import DEFAULT_NAME, Store, Stored, Verdict

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 
-from localdepth import gguf, onnx_folder
+from localdepth import gguf
 from localdepth.errors import StorageError
 from localdepth.gguf import GgufFile
-from localdepth.onnx_folder import OnnxFolder
+from localdepth.onnx_folder.folder import OnnxFolder
+from localdepth.onnx_folder.folder import read as read_folder
 
 __all__ = [
     "HOME",
@@ -63,7 +64,7 @@ def open_model(path: Path) -> OnnxFolder | GgufFile:
     Raises:
         ModelFileError: missing, damaged, or no looped model.
     """
-    return onnx_folder.read(path) if path.is_dir() else gguf.read(path)
+    return read_folder(path) if path.is_dir() else gguf.read(path)
 
 
 def files_of(path: Path) -> list[Path]:

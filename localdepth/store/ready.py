@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from localdepth.errors import ConfigError, ModelFileError
-from localdepth.onnx_layout import QUANTS, WEIGHTS, Layout
-from localdepth.onnx_record import CONFIG, FORMAT, OnnxRecord, graph_file
+from localdepth.onnx_folder.layout import QUANTS, WEIGHTS, Layout
+from localdepth.onnx_folder.record import CONFIG, FORMAT, OnnxRecord, graph_file
 from localdepth.store.checkpoint import TEXTS, read_json, require, small_files
 from localdepth.store.disk import Format
 from localdepth.store.hub import Hub, Repository

@@ -38,7 +38,7 @@ from localdepth.engine.onnx.engine import OnnxEngine
 from localdepth.engine.toy import random_weights
 from localdepth.gguf import read
 from localdepth.loop import forward
-from localdepth.onnx_folder import read as read_folder
+from localdepth.onnx_folder.folder import read as read_folder
 from localdepth_export import to_gguf, to_onnx
 from localdepth_train.checkpoint import Checkpoint, save
 from localdepth_train.reference_engine import ReferenceEngine

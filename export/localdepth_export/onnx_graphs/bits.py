@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from localdepth.config import ModelConfig
-from localdepth.onnx_layout import QUANTS
+from localdepth.onnx_folder.layout import QUANTS
 
 __all__ = ["as_text", "choose_bits"]
 

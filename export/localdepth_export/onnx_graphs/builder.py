@@ -14,8 +14,8 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from localdepth.onnx_layout import WEIGHTS, Layout, Piece
-from localdepth.onnx_ports import IR_VERSION, OPSETS, Dim
+from localdepth.onnx_folder.layout import WEIGHTS, Layout, Piece
+from localdepth.onnx_folder.ports import IR_VERSION, OPSETS, Dim
 
 __all__ = ["FLOAT", "INT32", "INT64", "Builder", "Value"]
 

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from localdepth.errors import ConfigError
-from localdepth.onnx_layout import Layout
+from localdepth.onnx_folder.layout import Layout
 from localdepth_export.convert import Export
 from localdepth_export.onnx_graphs.bits import as_text, choose_bits
 from localdepth_export.onnx_graphs.folder import write_folder

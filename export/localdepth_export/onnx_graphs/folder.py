@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from localdepth.config import ModelConfig
-from localdepth.onnx_folder import CHAT_TEMPLATE, is_folder, read
-from localdepth.onnx_layout import WEIGHTS, Layout
-from localdepth.onnx_record import CONFIG, OnnxRecord, graph_file
+from localdepth.onnx_folder.folder import CHAT_TEMPLATE, is_folder, read
+from localdepth.onnx_folder.layout import WEIGHTS, Layout
+from localdepth.onnx_folder.record import CONFIG, OnnxRecord, graph_file
 from localdepth.record import Check, CheckStatus
 from localdepth_export.onnx_graphs.builder import Builder
 from localdepth_export.onnx_graphs.looped import looped_exit_graph, looped_graph

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from localdepth.config import Injection, ModelConfig, NormPlacement, QkNorm, RopeStyle
-from localdepth.onnx_layout import BLOCK, scales_of
-from localdepth.onnx_ports import kv_head_dim
+from localdepth.onnx_folder.layout import BLOCK, scales_of
+from localdepth.onnx_folder.ports import kv_head_dim
 from localdepth_export.onnx_graphs.builder import FLOAT, Builder, Value
 
 __all__ = ["Cache", "Layers", "Place"]

@@ -11,7 +11,7 @@ kv_head_dim], in their places, and the last of the new planes in those that were
 run more passes look for it.
 
 Both want the ``state`` s_0, [1,T,E], or [1,1,E] for all positions (zeros are the rule), and the ``rows`` to decode (-1
-is the last). For the rest see ``onnx_ports``.
+is the last). For the rest see ``localdepth.onnx_folder.ports``.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from itertools import chain
 import numpy as np
 
 from localdepth.config import Injection, ModelConfig
-from localdepth.onnx_layout import Layout
-from localdepth.onnx_ports import SIDES, plane_shape, state_shape
+from localdepth.onnx_folder.layout import Layout
+from localdepth.onnx_folder.ports import SIDES, plane_shape, state_shape
 from localdepth_export.onnx_graphs.builder import Builder, Value
 from localdepth_export.onnx_graphs.layers import Cache, Layers
 from localdepth_export.onnx_graphs.ports import declare_past, declare_place, declare_planes

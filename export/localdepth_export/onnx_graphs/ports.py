@@ -1,4 +1,4 @@
-"""Declares what goes in and out of graphs, under the names of ``localdepth.onnx_ports``."""
+"""Declares what goes in and out of graphs, under the names of ``localdepth.onnx_folder.ports``."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -6,7 +6,7 @@ from itertools import chain
 import numpy as np
 
 from localdepth.config import ModelConfig
-from localdepth.onnx_ports import Dim, cache_names, plane_shape
+from localdepth.onnx_folder.ports import Dim, cache_names, plane_shape
 from localdepth_export.onnx_graphs.builder import INT64, Builder, Value
 from localdepth_export.onnx_graphs.layers import Cache, Place
 

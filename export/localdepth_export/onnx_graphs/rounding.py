@@ -10,7 +10,7 @@ from gguf.quants import quantize
 
 from localdepth.engine.base import F32
 from localdepth.errors import ConfigError
-from localdepth.onnx_layout import BLOCK, code_shape
+from localdepth.onnx_folder.layout import BLOCK, code_shape
 from localdepth_export.blocks import BLOCKS, from_ggml
 
 __all__ = ["round_blocks"]

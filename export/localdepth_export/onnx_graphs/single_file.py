@@ -11,7 +11,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from localdepth.errors import ConfigError, StorageError
-from localdepth.onnx_layout import Layout
+from localdepth.onnx_folder.layout import Layout
 from localdepth_export.onnx_graphs.looped import looped_graph
 from localdepth_export.onnx_graphs.source import Source
 from localdepth_export.onnx_graphs.weights import stretches

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from localdepth.config import ModelConfig
 from localdepth.gguf import NAMESPACE, PROVENANCE, Key
-from localdepth.onnx_layout import Layout
+from localdepth.onnx_folder.layout import Layout
 from localdepth.record import Provenance, TokenizerRecord
 from localdepth_export.onnx_graphs.weights import Encode
 

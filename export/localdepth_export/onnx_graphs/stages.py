@@ -1,10 +1,10 @@
-"""The three graphs of our engine, which loops over the passes itself; ``localdepth.onnx_ports`` says what they take."""
+"""The three graphs of our engine, which loops over the passes itself; ``localdepth.onnx_folder`` tells their ports."""
 
 import numpy as np
 
 from localdepth.config import ModelConfig
-from localdepth.onnx_layout import Layout
-from localdepth.onnx_ports import plane_shape, state_shape
+from localdepth.onnx_folder.layout import Layout
+from localdepth.onnx_folder.ports import plane_shape, state_shape
 from localdepth_export.onnx_graphs.builder import Builder, Value
 from localdepth_export.onnx_graphs.layers import Layers
 from localdepth_export.onnx_graphs.ports import declare_past, declare_place, declare_planes

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from localdepth.config import Injection, ModelConfig
-from localdepth.onnx_layout import Layout
-from localdepth.onnx_ports import SIDES, kv_head_dim
+from localdepth.onnx_folder.layout import Layout
+from localdepth.onnx_folder.ports import SIDES, kv_head_dim
 from localdepth.record import TokenizerRecord
 from localdepth_export.onnx_graphs.builder import INT32, Builder, Value
 from localdepth_export.onnx_graphs.layers import Cache, Layers, Place

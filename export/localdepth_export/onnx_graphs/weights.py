@@ -12,7 +12,7 @@ import numpy.typing as npt
 from localdepth.config import ModelConfig
 from localdepth.engine.base import F32
 from localdepth.errors import ConfigError
-from localdepth.onnx_layout import ROPE_TABLES, Layout, scales_of
+from localdepth.onnx_folder.layout import ROPE_TABLES, Layout, scales_of
 from localdepth_export.onnx_graphs.rounding import round_blocks
 from localdepth_train.output import replacing
 

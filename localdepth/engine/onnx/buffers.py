@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from localdepth.config import ModelConfig
 from localdepth.engine.base import F32
 from localdepth.engine.pages import lazy_zeros
-from localdepth.onnx_ports import SIDES, kv_head_dim
+from localdepth.onnx_folder.ports import SIDES, kv_head_dim
 
 __all__ = ["KEPT_ROWS", "Buffer", "Lane", "new_planes", "plane_bytes"]
 

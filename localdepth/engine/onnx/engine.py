@@ -22,8 +22,8 @@ from localdepth.engine.onnx.span import OnnxSpan
 from localdepth.engine.room import check_room, free_bytes
 from localdepth.errors import EngineError
 from localdepth.memory import MemoryPlan, check_fits
-from localdepth.onnx_folder import OnnxFolder
-from localdepth.onnx_ports import STAGE_GRAPHS
+from localdepth.onnx_folder.folder import OnnxFolder
+from localdepth.onnx_folder.ports import STAGE_GRAPHS
 from localdepth.slots import plane
 
 __all__ = ["OnnxEngine"]

@@ -8,8 +8,8 @@ from localdepth.engine.onnx.buffers import KEPT_ROWS, plane_bytes
 from localdepth.engine.room import smaller
 from localdepth.errors import ConfigError
 from localdepth.memory import MemoryPlan
-from localdepth.onnx_folder import OnnxFolder
-from localdepth.onnx_layout import scales_of
+from localdepth.onnx_folder.folder import OnnxFolder
+from localdepth.onnx_folder.layout import scales_of
 
 __all__ = ["Planner", "packs"]
 

@@ -15,8 +15,8 @@ import numpy as np
 from localdepth.config import ModelConfig
 from localdepth.engine.onnx.buffers import Buffer, Lane, new_planes
 from localdepth.errors import EngineError, MissingExtra
-from localdepth.onnx_folder import OnnxFolder
-from localdepth.onnx_ports import STAGE_GRAPHS, cache_names
+from localdepth.onnx_folder.folder import OnnxFolder
+from localdepth.onnx_folder.ports import STAGE_GRAPHS, cache_names
 
 __all__ = ["Bound", "Session", "onnxruntime", "writes_in_place"]
 

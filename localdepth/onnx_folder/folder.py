@@ -1,8 +1,8 @@
 """A model as a folder of ONNX graphs over one file of weights, and nothing of it that was not checked.
 
     config.json                      the record: what the model is, how it is stored, where it comes from
-    prelude.onnx pass.onnx coda.onnx the graphs of our engine, see ``onnx_ports``
-    weights.bin                      what all graphs share, see ``onnx_layout``
+    prelude.onnx pass.onnx coda.onnx the graphs of our engine, see ``ports``
+    weights.bin                      what all graphs share, see ``layout``
     tokenizer.json                   where the record names a tokenizer; chat_template.jinja may lie beside it
 
 Whatever else lies there is for other programs and not read. ONNX Runtime gets the bytes of graphs as they were checked;
@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from localdepth.config import ModelConfig
 from localdepth.errors import ConfigError, ModelFileError
 from localdepth.gguf_container import map_file
-from localdepth.onnx_graph import check_graph
-from localdepth.onnx_layout import QUANTS, WEIGHTS, Layout, Piece, from_blocks, scales_of
-from localdepth.onnx_ports import STAGE_GRAPHS
-from localdepth.onnx_record import CONFIG, FORMAT, FORMAT_VERSION, OnnxRecord, graph_file
+from localdepth.onnx_folder.graph import check_graph
+from localdepth.onnx_folder.layout import QUANTS, WEIGHTS, Layout, Piece, from_blocks, scales_of
+from localdepth.onnx_folder.ports import STAGE_GRAPHS
+from localdepth.onnx_folder.record import CONFIG, FORMAT, FORMAT_VERSION, OnnxRecord, graph_file
 from localdepth.record import Check, Provenance, TokenizerRecord
 
 __all__ = ["CHAT_TEMPLATE", "TOKENIZER", "OnnxFolder", "is_folder", "read"]

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from localdepth.config import ModelConfig
 from localdepth.errors import ModelFileError
-from localdepth.onnx_layout import BLOCK, ROPE_TABLES, WEIGHTS, Layout, Piece
-from localdepth.onnx_ports import IR_VERSION, OPSETS, STAGE_GRAPHS, Port, cache_names, stage_ports
-from localdepth.onnx_protobuf import Message, read_model
+from localdepth.onnx_folder.layout import BLOCK, ROPE_TABLES, WEIGHTS, Layout, Piece
+from localdepth.onnx_folder.ports import IR_VERSION, OPSETS, STAGE_GRAPHS, Port, cache_names, stage_ports
+from localdepth.onnx_folder.protobuf import Message, read_model
 
 __all__ = ["check_graph"]
 

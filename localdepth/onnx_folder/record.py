@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 from localdepth.config import ModelConfig
 from localdepth.errors import ConfigError
-from localdepth.onnx_layout import WEIGHTS
-from localdepth.onnx_ports import STAGE_GRAPHS
+from localdepth.onnx_folder.layout import WEIGHTS
+from localdepth.onnx_folder.ports import STAGE_GRAPHS
 from localdepth.record import PROVENANCE_KINDS, Check, CheckStatus, Provenance, TokenizerRecord
 
 __all__ = ["CONFIG", "FORMAT", "FORMAT_VERSION", "OnnxRecord", "graph_file"]
