@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from localdepth import onnx_folder
 from localdepth.engine.toy import random_weights
 from localdepth.gguf import read
+from localdepth.onnx_folder import folder as onnx_folder
 from localdepth.quant import Quant
 from localdepth_export.onnx_graphs.convert import to_onnx
 from localdepth_train.checkpoint import save

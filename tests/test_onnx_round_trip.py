@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from localdepth import onnx_folder
 from localdepth.engine.ggml.quantize import quantize
 from localdepth.engine.toy import random_weights
 from localdepth.errors import ConfigError, ModelFileError
 from localdepth.gguf import read
+from localdepth.onnx_folder import folder as onnx_folder
 from localdepth.onnx_folder.layout import from_blocks
 from localdepth.quant import Quant
 from localdepth.record import CheckStatus, TokenizerRecord

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from localdepth import onnx_folder
 from localdepth.engine.toy import random_weights
 from localdepth.errors import ConfigError, ModelFileError
+from localdepth.onnx_folder import folder as onnx_folder
 from localdepth.record import Check, CheckStatus
 from localdepth_export.carry import gguf_to_onnx
 from localdepth_export.convert import to_gguf
