@@ -22,7 +22,7 @@ _EXTRAS = {
     "gguf": ("llama_cpp",),
     "onnx": ("safetensors", "ml_dtypes", "onnx"),
     "export": ("safetensors", "ml_dtypes", "onnx", "llama_cpp"),
-    "train": ("torch", "safetensors", "ml_dtypes"),
+    "train": ("torch", "safetensors", "ml_dtypes", "accelerate", "datasets", "matplotlib", "pyarrow"),
 }
 _TRIAL = "The lift is on floor 4. Go up 3. Go down 1. Which floor is the lift on?"
 

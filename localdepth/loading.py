@@ -12,12 +12,12 @@ from localdepth.config import ModelConfig
 from localdepth.engine.base import Engine, KvType, Limits
 from localdepth.engine.ggml.device import DeviceName
 from localdepth.engine.ggml.engine import GgmlEngine
-from localdepth.engine.ggml.lib import find_libraries, library
+from localdepth.engine.ggml.lib import INSTALL_LINE, find_libraries, library
 from localdepth.engine.ggml.plan import Planner as GgmlPlanner
 from localdepth.engine.onnx.engine import OnnxEngine
 from localdepth.engine.onnx.plan import Planner as OnnxPlanner
 from localdepth.engine.toy import ToyEngine
-from localdepth.errors import ConfigError, ModelFileError
+from localdepth.errors import ConfigError, MissingExtra, ModelFileError
 from localdepth.gguf import GgufFile
 from localdepth.memory import MemoryPlan
 from localdepth.model import Model
@@ -194,6 +194,12 @@ def _start(name: EngineName, file: OnnxFolder | GgufFile, limits: Limits, device
         raise ConfigError(
             f'engine="onnx" runs folders of ONNX graphs and {file.path} is a GGUF file; leave the engine out, or '
             f"make a folder of the checkpoint or of this file: localdepth export onnx {file.path} -o FOLDER"
+        )
+    if find_libraries() is None:
+        raise MissingExtra(
+            f"{file.path} is a GGUF file, which needs llama-cpp-python's ggml libraries; install them: {INSTALL_LINE}; "
+            "or, with the extra onnx, make a folder of it that does without: "
+            f'localdepth export onnx {file.path} -o FOLDER; or run it slowly: engine="toy" (--engine toy)'
         )
     return GgmlEngine(file, limits, device)
 

@@ -96,7 +96,11 @@ def check_fits(plan: MemoryPlan, budget: int, ways: Iterable[Iterable[tuple[str,
         return
     gentlest = (next((item for item in way if item[1].total <= budget), None) for way in ways)
     fitting = [f"{found[0]} ({as_size(found[1].total)})" for found in gentlest if found]
-    remedy = f"what fits: {' or '.join(fitting)}" if fitting else "no smaller setting fits; use a coarser quant"
+    remedy = (
+        f"what fits: {' or '.join(fitting)}"
+        if fitting
+        else "no smaller setting fits; use a coarser quant or a smaller model"
+    )
     raise OutOfMemory(f"this needs {plan}; there is room for {as_size(budget)}; {remedy}")
 
 

@@ -1151,3 +1151,9 @@ def test_odd_file_names_are_listed_and_removed(place: Place) -> None:
     assert place.run("rm", "--yes", "[red]").stdout.startswith("removed [red]")
     assert place.run("rm", "--yes", "new\nline").returncode == 0
     assert len(place.store.models()) == 3
+
+
+def test_the_default_model_is_verified_by_its_own_checksum_and_stays(place: Place) -> None:
+    assert place.run("verify", "default").stdout == "default  sound\n"
+    done = place.run("rm", "default", "--yes")
+    assert (done.returncode, "pip uninstall localdepth" in done.stderr) == (2, True)

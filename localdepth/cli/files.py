@@ -71,7 +71,7 @@ def _show_memory(plans: Sequence[MemoryPlan]) -> None:
     rows = [(str(p.depth), *map(as_size, (p.weights, p.kv, p.states + p.rows, p.scratch, p.total))) for p in plans]
     sharing = "" if plans[0].ring is None else f", ring {plans[0].ring}"
     copies = "".join(f", {as_size(size)} copied as {name}" for name, size in plans[0].packed.items())
-    title = f"memory for a full context of {plans[0].n_ctx} positions, {plans[0].kv_type}{sharing}"
+    title = f"memory for {plans[0].n_ctx} positions, {plans[0].kv_type}{sharing}"
     console.show_table(("depth", "weights", "K/V", "rows", "scratch", "all"), rows, title)
     console.say.print(f"weights: {as_size(plans[0].mapped)} mapped{copies}")
 

@@ -139,6 +139,8 @@ def remove_model(
 ) -> None:
     """Remove a model from the models folder; what the Hugging Face cache has of it stays."""
     store = Store()
+    if name == DEFAULT_NAME:
+        raise RequestError(f"{name} belongs to the package; it goes with: pip uninstall localdepth")
     stored = store.get(name)
     if not yes and not _agrees(f"Remove {stored.path}, {as_size(stored.n_bytes)}?"):
         raise RequestError(f"{name} stays; add --yes if it is to go")
@@ -158,9 +160,12 @@ def verify_models(
 ) -> int:
     """Compare models with the checksums in their manifests; exit code 1 unless all are sound."""
     store = Store()
-    wanted = [store.get(name)] if name is not None else store.models()
+    wanted = store.models() if name is None else [] if name == DEFAULT_NAME else [store.get(name)]
     with console.tracking_all() as progress:
         verdicts = {stored.name: stored.verify(progress) for stored in wanted}
+    if name == DEFAULT_NAME:  # which has its checksum inside
+        with open_model(locate(None)) as opened:
+            verdicts[name] = Verdict.SOUND if opened.is_intact() else Verdict.DAMAGED
     if as_json:
         console.emit({"models": verdicts})
     else:

@@ -16,11 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from localdepth import onnx_folder
 from localdepth.engine.base import F32
 from localdepth.engine.onnx.engine import OnnxEngine
 from localdepth.gguf import read
 from localdepth.model import Model
+from localdepth.onnx_folder import folder as onnx_folder
 from localdepth.prompt import PromptReader
 from localdepth_export.convert import Export, to_gguf
 from localdepth_export.divergence import RECIPES, Divergence, compare, compare_recipes, run

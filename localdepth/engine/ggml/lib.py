@@ -213,10 +213,7 @@ def library() -> Ggml:
 def _opened() -> Ggml:
     folder = find_libraries()
     if folder is None:
-        raise MissingExtra(
-            f"GGUF files need llama-cpp-python's ggml libraries; install them: {INSTALL_LINE}; "
-            'or run them slowly without: engine="toy" (--engine toy)'
-        )
+        raise MissingExtra(f"GGUF files need llama-cpp-python's ggml libraries; install them: {INSTALL_LINE}")
     return Ggml(folder)
 
 
