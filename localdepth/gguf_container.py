@@ -80,7 +80,10 @@ _FOREIGN = {
     rb".{6}\0\0\{": f"a safetensors file; {_EXPORT}",
     rb"PK\x03\x04": f"a zip archive, as PyTorch saves weights; {_EXPORT}",
     rb"\x80[\x02-\x05]": f"a Python pickle, as PyTorch saved weights; {_EXPORT}",
-    rb"\x08[\x01-\x20][\x12\x1a\x22\x3a\x42]": "an ONNX graph; pass the directory that holds it",
+    rb"\x08[\x01-\x20][\x12\x1a\x22\x3a\x42]": (
+        "an ONNX graph; a single file is for other programs, here pass a folder: the one that holds the graph, or what "
+        "`localdepth export onnx CHECKPOINT -o FOLDER` makes"
+    ),
     rb"lmgg|fmgg|tjgg|algg": "a GGML file older than GGUF; export the original checkpoint again",
     rb"version https://git-lfs": "a Git LFS pointer, not the file it stands for; run `git lfs pull`",
     rb"(?i:\s*<(!doctype|html))": "a web page; the download address is wrong or asks for a login",

@@ -1,5 +1,6 @@
 """The page in docs/browser, in Chromium without a network, gives the answers of the library."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from localdepth.loading import EngineName, load, locate
-from localdepth.onnx_folder.folder import CHAT_TEMPLATE
+from localdepth.onnx_folder.record import CHAT_TEMPLATE, CONFIG
 from localdepth_train.tasks import evaluation
 from tests.conftest import ROOT
 
@@ -64,7 +65,11 @@ def test_the_chat_template_is_the_one_of_the_folder_and_opens_an_answer(ask: Any
     folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
     (folder / "tokenizer_config.json").write_text("{}")
     opening = "{% if add_generation_prompt %}<answer>{% endif %}"
-    (folder / CHAT_TEMPLATE).write_text("{{ bos_token }}{{ messages[-1]['content'] | trim }}" + opening)
+    template = "{{ bos_token }}{{ messages[-1]['content'] | trim }}" + opening
+    (folder / CHAT_TEMPLATE).write_text(template)
+    record = json.loads((folder / CONFIG).read_text())
+    record["checksums"][CHAT_TEMPLATE] = hashlib.sha256(template.encode()).hexdigest()
+    (folder / CONFIG).write_text(json.dumps(record))
     shown = ask([(REFUSED, 16)], folder)
     with load(folder) as model:
         assert shown["answers"] == [model.generate(REFUSED, depth=16).text]

@@ -59,6 +59,20 @@ def test_one_file_is_written_where_one_is_wanted(checkpoint: Path, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"c", "m.onnx"}
     assert f"{(tmp_path / 'm.onnx').stat().st_size:,} bytes" in done.stdout
+    for command in (("ask", "hi", "--model"), ("inspect",), ("export", "gguf", "-o", tmp_path / "m.gguf")):
+        done = localdepth(*command, tmp_path / "m.onnx")
+        assert done.returncode == 2
+        assert "a single file is for other programs" in done.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(("kind", "extras"), [("onnx", "onnx,train"), ("gguf", "export,train")])
+def test_one_line_brings_all_that_verifying_takes(kind: str, extras: str, checkpoint: Path, tmp_path: Path) -> None:
+    assert localdepth("export", kind, checkpoint, "-o", tmp_path / "m").returncode == 0
+    program = "import sys; sys.modules['safetensors'] = None; from localdepth.cli import main; main()"
+    command = [sys.executable, "-c", program, "verify", str(tmp_path / "m"), str(checkpoint)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f'pip install "localdepth[{extras}]"' in done.stderr.replace("\n", " ")
 
 
 def test_model_files_are_carried_over_both_ways(checkpoint: Path, tmp_path: Path) -> None:
@@ -80,7 +94,11 @@ def test_model_files_are_carried_over_both_ways(checkpoint: Path, tmp_path: Path
         (("onnx", "m.gguf", "-o", "out", "--core-bits", "8"), "--core-bits=8 with the model file"),
         (("onnx", "m.gguf", "-o", "out"), "is stored as Q5_0"),
         (("onnx", "nothing", "-o", "out"), "does not exist"),
-        (("onnx", "c", "-o", "m.gguf", "--single-file"), "cannot be written"),
+        (("onnx", "c", "-o", "m.gguf", "--single-file"), "m.gguf is a file, not a folder for looped.onnx"),
+        (("onnx", "c", "-o", "m", "--single-file"), "m holds a model folder"),
+        (("onnx", "m", "-o", "out"), "m is an ONNX folder already; for other bits export its checkpoint"),
+        (("gguf", "m.gguf", "-o", "out"), "m.gguf is a GGUF file already"),
+        (("gguf", "m/looped.onnx", "-o", "out"), "a single file is for other programs, here pass a folder"),
         (("onnx", "c", "-o", "one.onnx", "--single-file", "--depth", "3"), "depth=3 with a single file"),
         (("onnx", "c", "-o", "c"), "holds something else"),
         (("gguf", "m", "-o", "out", "-q", "Q4_0"), "--quant=Q4_0 with the model file"),

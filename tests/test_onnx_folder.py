@@ -1,6 +1,9 @@
 """Checkpoint -> folder of ONNX graphs: whole or not at all, and it says what it is."""
 
+import hashlib
 import json
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -87,6 +90,14 @@ def test_tokenizer_template_and_licence_travel_with_the_weights(tmp_path: Path) 
     assert (genai["bos_token_id"], genai["eos_token_id"]) == (0, [3, 1])
 
 
+def test_the_record_has_checksums_of_all_that_answers_depend_on(tmp_path: Path) -> None:
+    to_onnx(checkpoint_with_texts(tmp_path / "c"), tmp_path / "m", bits=8)
+    checksums = record_of(tmp_path / "m")["checksums"]
+    assert set(checksums) == GRAPHS | {"weights.bin", "tokenizer.json", "chat_template.jinja"}
+    for name, checksum in checksums.items():
+        assert hashlib.sha256((tmp_path / "m" / name).read_bytes()).hexdigest() == checksum
+
+
 def test_graphs_name_their_source_and_share_one_file(tmp_path: Path) -> None:
     to_onnx(make_checkpoint(tmp_path / "c", "retrofit_llama"), tmp_path / "m", source="somebody/model")
     for name in GRAPHS:
@@ -123,6 +134,18 @@ def test_an_export_that_is_killed_leaves_the_old_folder(tmp_path: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", program, str(checkpoint), str(tmp_path / "m")])
     assert killed.returncode == -signal.SIGKILL
     assert record_of(tmp_path / "m")["provenance"]["quant"] == "INT8"
+
+
+def test_a_full_disk_is_told_of_the_folder_that_was_asked_for(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", "huginn")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=f"^{re.escape(str(tmp_path))}/m/weights.bin cannot"):
+            to_onnx(checkpoint, tmp_path / "m")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in tmp_path.iterdir()} == {"c"}
 
 
 def test_bad_requests_and_bad_weights_leave_nothing_behind(tmp_path: Path) -> None:

@@ -60,10 +60,10 @@ def edit_graph(folder: Path, name: str, edit: Edit) -> None:
     """Change a graph, and its checksum too, as somebody would who means it."""
     model = onnx.load(folder / name, load_external_data=False)
     edit(model)
-    put_graph(folder, name, model.SerializeToString())
+    put(folder, name, model.SerializeToString())
 
 
-def put_graph(folder: Path, name: str, raw: bytes) -> None:
+def put(folder: Path, name: str, raw: bytes) -> None:
     (folder / name).write_bytes(raw)
     checksum = hashlib.sha256(raw).hexdigest()
     edit_record(folder, lambda record: record["checksums"].update({name: checksum}))
@@ -100,9 +100,8 @@ def test_a_folder_without_tokenizer_takes_ids(tmp_path: Path) -> None:
 def test_a_file_that_is_missing_empty_or_a_folder_is_named(name: str, folder: Path) -> None:
     path = folder / name
     path.unlink()
-    if name != "chat_template.jinja":
-        with pytest.raises(ModelFileError, match=f"{name}.* no such file"):
-            read(folder)
+    with pytest.raises(ModelFileError, match=f"{name}.* no such file"):
+        read(folder)
     path.touch()
     with pytest.raises(ModelFileError, match=f"{name} is empty"):
         read(folder)
@@ -140,7 +139,11 @@ def test_a_link_out_of_the_folder_is_refused_and_one_inside_is_followed(name: st
         (lambda r: r.update(model=[]), "model is of type list, not dict"),
         (lambda r: r["model"].update(n_core=0), "n_core=0 must be at least 1"),
         (lambda r: r["model"].update(n_core=4000), "4002 layers cannot be made of"),
-        (lambda r: r["model"].update(n_vocab=301), "input|output|weights|bytes"),
+        (lambda r: r["model"].update(n_vocab=301), "n_vocab 301 against 300"),
+        (
+            lambda r: r["model"].update(norm_eps=0.5, embed_scale=2.0),
+            r"norm_eps 0\.5 against .*, embed_scale 2\.0 against",
+        ),
         (lambda r: r["model"].update(surprise=1), "unknown model fields surprise"),
         (lambda r: r["model"].update(injection="x" * 999), "injection='x{40}' is not one of"),
         (lambda r: r["bits"].update({"core.0.attn_q.weight": 5}), "bits=5 is not one of"),
@@ -148,6 +151,7 @@ def test_a_link_out_of_the_folder_is_refused_and_one_inside_is_followed(name: st
         (lambda r: r["bits"].pop("core.0.attn_q.weight"), "core.0.attn_q.weight"),
         (lambda r: r["bits"].update({"core.0.attn_q.weight": 4}), "none of the weights|bytes"),
         (lambda r: r["checksums"].pop("pass.onnx"), "checksums has none for pass.onnx"),
+        (lambda r: r["checksums"].pop("tokenizer.json"), "checksums has none for tokenizer.json"),
         (lambda r: r["checksums"].update({"../x": "0"}), "more than the files of a folder"),
         (lambda r: r["checksums"].update({"pass.onnx": "0"}), "pass.onnx is not what its checksum says"),
         (lambda r: r["tokenizer"].update(bos=300), r"token id 300 of the tokenizer is outside 0\.\.299"),
@@ -170,6 +174,51 @@ def test_a_record_that_is_none_is_refused(text: str, folder: Path) -> None:
     (folder / CONFIG).write_bytes(text.encode("latin-1"))
     with pytest.raises(ModelFileError, match=r"export|empty"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n_ctx", 64),
+        ("norm_eps", 0.5),
+        ("rope_style", "half"),
+        ("rope_base", 7.0),
+        ("rope_scaling", "llama3"),
+        ("rope_scaling_factor", 8.0),
+        ("rope_scaling_low_freq_factor", 2.0),
+        ("rope_scaling_high_freq_factor", 5.0),
+        ("rope_scaling_original_n_ctx", 9),
+        ("embed_scale", 3.0),
+        ("state_init", "zeros"),
+        ("state_std", 3.0),
+        ("norm_after_core", False),
+        ("default_depth", 2),
+        ("max_depth", 63),
+        ("auto_min_depth", 2),
+        ("trained_mean_depth", 1.5),
+    ],
+)
+def test_a_field_that_no_size_gives_away_is_still_the_one_of_the_graphs(field: str, value: Any, folder: Path) -> None:
+    said = SIZES.to_dict()[field]
+    edit_record(folder, lambda record: record["model"].update({field: value}))
+    with pytest.raises(ModelFileError, match=f"prelude.onnx: .* different models: {field} {value} against {said}; "):
+        read(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+def test_a_text_that_was_changed_is_named(name: str, folder: Path) -> None:
+    with (folder / name).open("a") as file:
+        file.write(" ")
+    with pytest.raises(ModelFileError, match=f"{name} is not what its checksum says"):
+        read(folder)
+
+
+def test_a_template_that_came_later_is_not_the_models(tmp_path: Path) -> None:
+    bare = replace(SPEAKING, chat_template=None)
+    path = engines.write_folder(tmp_path / "model", SIZES, random_weights(SIZES, 0), tokenizer=bare)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    with read(path) as opened:
+        assert opened.tokenizer == bare
 
 
 def test_other_directories_are_told_how_to_become_a_model(tmp_path: Path) -> None:
@@ -259,8 +308,9 @@ def take_inputs(model: Any, op: str) -> None:
     del node_of(model, op).input[:]
 
 
-def attribute(model: Any, op: str, name: str, value: int) -> None:
-    next(item for item in node_of(model, op).attribute if item.name == name).i = value
+def attribute(model: Any, op: str, name: str, value: float) -> None:
+    changed = next(item for item in node_of(model, op).attribute if item.name == name)
+    setattr(changed, "f" if isinstance(value, float) else "i", value)
 
 
 def add_body(model: Any) -> None:
@@ -315,6 +365,11 @@ def add_body(model: Any) -> None:
         (lambda m: attribute(m, "GroupQueryAttention", "kv_num_heads", 0), "'kv_num_heads' = 0, unlike this model"),
         (lambda m: attribute(m, "RotaryEmbedding", "rotary_embedding_dim", 1 << 20), "unlike this model"),
         (lambda m: attribute(m, "MatMulNBits", "block_size", 16), "unlike this model"),
+        (lambda m: attribute(m, "GroupQueryAttention", "scale", 2.0), "'scale' = 2.0, unlike this model"),
+        (lambda m: attribute(m, "SkipSimplifiedLayerNormalization", "epsilon", 0.5), "'epsilon' = 0.5, unlike"),
+        (lambda m: m.ClearField("metadata_props"), "missing model fields n_prelude"),
+        (lambda m: setattr(m.metadata_props[0], "value", "{"), "a field of the model is not JSON"),
+        (lambda m: setattr(m.metadata_props[0], "value", "9"), "n_prelude 1 against 9"),
         (lambda m: attribute(m, "MatMulNBits", "K", 1 << 40), "unlike this model"),
     ],
 )
@@ -325,7 +380,7 @@ def test_a_graph_that_is_not_ours_is_refused(edit: Edit, message: str, folder: P
 
 
 def test_a_graph_of_another_stage_is_refused(folder: Path) -> None:
-    put_graph(folder, "pass.onnx", (folder / "coda.onnx").read_bytes())
+    put(folder, "pass.onnx", (folder / "coda.onnx").read_bytes())
     with pytest.raises(ModelFileError, match=r"pass.onnx: .* of the graph is not what"):
         read(folder)
 
@@ -384,10 +439,10 @@ def spoiled(raw: bytes) -> st.SearchStrategy[bytes]:
 @given(data=st.data(), name=st.sampled_from(FILES))
 def test_a_spoiled_file_is_used_or_refused(sound: Path, folder: Path, data: st.DataObject, name: str) -> None:
     raw = (sound / name).read_bytes()
-    if name in GRAPHS:
-        put_graph(folder, name, data.draw(spoiled(raw)))
-    else:
+    if name in (CONFIG, WEIGHTS):
         (folder / name).write_bytes(data.draw(spoiled(raw)))
+    else:
+        put(folder, name, data.draw(spoiled(raw)))
     with suppress(LocalDepthError), load(folder, n_threads=1) as model:
         model.generate("the cat", depth=2, max_tokens=2)
     for file in (name, CONFIG):

@@ -84,10 +84,11 @@ def test_a_file_that_went_there_and_back_is_the_same(gguf_file: Path, tmp_path: 
 
 
 def test_bfloat16_becomes_float32(tmp_path: Path) -> None:
-    write_model(tmp_path / "m.gguf", WIDE, random_weights(WIDE, 0), Quant.BF16)
-    gguf_to_onnx(tmp_path / "m.gguf", tmp_path / "m")
+    write_model(tmp_path / "m.gguf", WIDE, random_weights(WIDE, 0), Quant.BF16, provenance={"quant": "BF16"})
+    assert gguf_to_onnx(tmp_path / "m.gguf", tmp_path / "m").quant == "F32"
     with read(tmp_path / "m.gguf") as file, onnx_folder.read(tmp_path / "m") as folder:
         assert set(folder.layout.bits.values()) == {32}
+        assert folder.provenance["quant"] == "F32"
         for name in file.tensors:
             np.testing.assert_array_equal(folder.array(name), file.array(name))
 

@@ -16,6 +16,7 @@ from localdepth.config import ModelConfig
 from localdepth.engine.base import F32
 from localdepth.engine.toy import random_weights
 from localdepth.errors import ConfigError, StorageError
+from localdepth.onnx_folder.folder import read
 from localdepth.onnx_folder.layout import BITS, Layout
 from localdepth_export.onnx_graphs.convert import to_onnx
 from localdepth_export.onnx_graphs.single_file import write_single
@@ -98,8 +99,21 @@ def test_a_name_that_does_not_end_in_onnx_is_a_folder_to_put_it_in(tmp_path: Pat
     (tmp_path / "d.onnx" / "mine").write_text("mine")
     to_onnx(checkpoint, tmp_path / "d.onnx", single_file=True)
     assert {path.name for path in (tmp_path / "d.onnx").iterdir()} == {"looped.onnx", "mine"}
-    with pytest.raises(StorageError, match="cannot be written"):
-        to_onnx(checkpoint, tmp_path / "d.onnx" / "mine" / "x.onnx", single_file=True)
+    (tmp_path / "my.txt").write_text("mine")
+    for out in ("d.onnx/mine/x.onnx", "my.txt"):
+        with pytest.raises(StorageError, match=r"(mine|my\.txt) is a file, .* a file that ends in \.onnx, or a folder"):
+            to_onnx(checkpoint, tmp_path / out, single_file=True)
+    assert (tmp_path / "my.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("out", ["m", "m/looped.onnx", "m/other.onnx"])
+def test_nothing_is_written_into_a_model_folder(out: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", "huginn")
+    to_onnx(checkpoint, tmp_path / "m")
+    with pytest.raises(StorageError, match=r"m holds a model folder, .*; name a file or another folder"):
+        to_onnx(checkpoint, tmp_path / out, bits=8, single_file=True)
+    with read(tmp_path / "m") as folder:
+        assert folder.is_intact()
 
 
 def test_only_an_older_file_of_ours_is_replaced(tmp_path: Path) -> None:

@@ -1,14 +1,18 @@
 """``verify`` on ONNX folders: right numbers pass at every depth, a wrong one is found, the record says so."""
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from localdepth.engine.toy import random_weights
-from localdepth.errors import ConfigError, ModelFileError
+from localdepth.errors import ConfigError, ModelFileError, StorageError
 from localdepth.onnx_folder import folder as onnx_folder
 from localdepth.record import Check, CheckStatus
 from localdepth_export.carry import gguf_to_onnx
@@ -101,6 +105,31 @@ def test_a_folder_of_another_model_is_not_compared(tmp_path: Path) -> None:
         verify(tmp_path / "m", other)
     with pytest.raises(ModelFileError, match="not a folder of ours"):
         verify(tmp_path / "a", tmp_path / "a")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.parametrize("kind", [to_gguf, to_onnx])
+def test_what_could_not_be_recorded_is_not_compared(kind: Callable[..., Any], tmp_path: Path) -> None:
+    checkpoint, place = save(tmp_path / "c", WIDE, random_weights(WIDE, 1)), tmp_path / "place"
+    place.mkdir()
+    kind(checkpoint, place / "m")
+    closed = place / "m" if kind is to_onnx else place
+    closed.chmod(0o555)
+    try:
+        with pytest.raises(StorageError, match=r"into .*/place/m: Permission denied; .* --no-record"):
+            verify(place / "m", checkpoint, depths=(1,))
+        assert verify(place / "m", checkpoint, depths=(1,), record=False).check.depths == (1,)
+    finally:
+        closed.chmod(0o755)
+
+
+def test_a_file_that_cannot_be_written_anew_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = save(tmp_path / "c", WIDE, random_weights(WIDE, 1))
+    n_bytes = to_gguf(checkpoint, tmp_path / "m.gguf").n_bytes
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=n_bytes - 1))
+    with pytest.raises(StorageError, match=f"that takes {n_bytes:,} bytes and {n_bytes - 1:,} are free"):
+        verify(tmp_path / "m.gguf", checkpoint, depths=(1,))
 
 
 def test_a_new_check_leaves_the_rest_of_the_record_as_it_is(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def gguf_to_onnx(
             encode=counted(encode, opened.config, on_progress),
             tokenizer=opened.tokenizer,
             files=_files(opened.tokenizer, opened.config.n_vocab) if opened.tokenizer else {},
-            provenance={**opened.provenance, "quant": quant_of(opened)},
+            provenance={**opened.provenance, "quant": quant_of(opened).replace(Quant.BF16, Quant.F32)},
         )
         return write_onnx(source, Path(out), single_file=single_file, depth=depth)
 

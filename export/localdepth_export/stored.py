@@ -27,6 +27,7 @@ _SAME = 1.01
 # The same for a whole tensor rounded with an importance we do not have, which gives up accuracy where it does not
 # count: in single blocks all of it, over real tensors far less than these two bits. A wrong tensor is beyond forty.
 _UNKNOWN_IMPORTANCE = 16.0
+_LOW_HALF = np.uint32(0xFFFF)  # of a float32: all zeros in a bfloat16
 
 
 def knows_importance(file: ModelFile, importance: Importance | None) -> bool:
@@ -63,7 +64,7 @@ def wrong_tensors(file: GgufFile | OnnxFolder, source: Checkpoint, importance: I
 def _forms(file: GgufFile | OnnxFolder) -> Mapping[str, Quant | int]:
     """How each tensor was rounded: by ggml to a quant, or by us to so many bits.
 
-    A folder that was made of a GGUF file still names the quants of that.
+    A folder that was made of a GGUF file still names the quants of that, but for BF16.
     """
     if isinstance(file, GgufFile):
         return {name: info.quant for name, info in file.tensors.items()}
@@ -77,6 +78,8 @@ def _is_stored(stored: F32, exact: F32, name: str, form: Quant | int, importance
     rounded = _by_ggml(exact, form, importance) if isinstance(form, Quant) else _by_us(exact, name, form)
     if np.array_equal(rounded, stored):
         return True
+    if form in (Quant.F32, 32) and not (stored.view(np.uint32) & _LOW_HALF).any():  # carried over from BF16
+        return _is_stored(stored, exact, name, Quant.BF16, None, known)
     block = form.block if isinstance(form, Quant) else 1
     ours, theirs = (_block_errors(array, exact, block) for array in (rounded, stored))
     if known or form not in FITTED:

@@ -4,10 +4,12 @@ The reference runs in torch, which is imported only here.
 """
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 
@@ -15,7 +17,7 @@ from localdepth.config import ModelConfig
 from localdepth.engine.base import Engine, Limits
 from localdepth.engine.ggml.engine import GgmlEngine
 from localdepth.engine.onnx.engine import OnnxEngine
-from localdepth.errors import ConfigError, MissingExtra, install_line
+from localdepth.errors import ConfigError, MissingExtra, StorageError, install_line
 from localdepth.gguf import GgufFile
 from localdepth.model import Model
 from localdepth.onnx_folder.folder import OnnxFolder
@@ -138,6 +140,7 @@ def verify(
             is given, or there is no tokenizer for ``text``.
         DepthError: a depth outside the range.
         MissingExtra: torch is not installed.
+        StorageError: the result could not be written; nothing has been compared.
     """
     try:
         from localdepth_train.reference_engine import ReferenceEngine
@@ -147,6 +150,8 @@ def verify(
         raise ConfigError("no depths to compare; pass at least one")
     source = Checkpoint(checkpoint)
     with open_model(Path(file)) as model, ExitStack() as stack:
+        if record:
+            _check_room(Path(file))
         intact = model.is_intact() is not False
         _same_model(model.config, source.config, file, checkpoint)
         for depth in depths:
@@ -176,6 +181,22 @@ def verify(
         write_check(file, check)
     where = "random tokens, seed 0" if text is None else "the given text"
     return Report(check, intact, wrong, quant, bound, exact, sum(map(len, cut)), where)
+
+
+def _check_room(file: Path) -> None:
+    """Refuse before a long comparison what could not be written down after it: a GGUF file is written anew."""
+    target = Path(os.path.realpath(file))
+    place, n_bytes = (target, 0) if target.is_dir() else (target.parent, target.stat().st_size)
+    try:
+        with TemporaryFile(dir=place):
+            free = shutil.disk_usage(place).free
+        fault = f"that takes {n_bytes:,} bytes and {free:,} are free" if free < n_bytes else ""
+    except OSError as error:
+        fault = error.strerror or str(error)
+    if fault:
+        raise StorageError(
+            f"the result cannot be written into {file}: {fault}; mend that, or only show it: --no-record (record=False)"
+        )
 
 
 def _engine(file: GgufFile | OnnxFolder, limits: Limits) -> Engine:

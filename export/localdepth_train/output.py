@@ -120,7 +120,10 @@ def replacing_folder(path: Path, is_of_this_kind: Callable[[Path], bool]) -> Ite
         with _storage(path):
             if target.exists():
                 shutil.copymode(target, temporary)
-        yield temporary
+        try:
+            yield temporary
+        except StorageError as error:  # of a file in it, whose hidden place means nothing to people
+            raise StorageError(str(error).replace(str(temporary), str(path))) from error
         with _storage(path):
             _swap(temporary, target)
     finally:

@@ -10,6 +10,7 @@ from localdepth import console
 from localdepth.cli.common import app, command, needs
 from localdepth.cli.options import ImportanceOption, JsonOption
 from localdepth.errors import ConfigError
+from localdepth.gguf import read
 from localdepth.onnx_folder.folder import is_folder
 
 if TYPE_CHECKING:
@@ -42,6 +43,12 @@ def export_gguf(
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint as a GGUF file; an ONNX folder as it is, where GGUF can hold its numbers."""
+    if source.is_file():
+        read(source).close()  # or it says what else it is
+        raise ConfigError(
+            f"{source} is a GGUF file already; for another quant export its checkpoint, as ONNX: "
+            f"localdepth export onnx {source} -o FOLDER"
+        )
     with needs("export"):
         from localdepth_export.carry import onnx_to_gguf
         from localdepth_export.convert import to_gguf
@@ -79,7 +86,7 @@ def export_onnx(
         int | None, typer.Option("--core-bits", help="Of what runs in every pass; as --bits without.")
     ] = None,
     single_file: Annotated[
-        bool, typer.Option("--single-file", help="Nothing but the looped graph, its weights inside.")
+        bool, typer.Option("--single-file", help="The looped graph alone, its weights inside, for other programs.")
     ] = False,
     depth: Annotated[
         int | None, typer.Option("--depth", help="Of the graph for onnxruntime-genai; the model's default.")
@@ -88,6 +95,11 @@ def export_onnx(
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint as ONNX; a GGUF file as it is, where ONNX can hold its numbers."""
+    if is_folder(source):
+        raise ConfigError(
+            f"{source} is an ONNX folder already; for other bits export its checkpoint, as GGUF: "
+            f"localdepth export gguf {source} -o model.gguf"
+        )
     with needs("onnx"):
         from localdepth_export.carry import gguf_to_onnx
         from localdepth_export.onnx_graphs.convert import to_onnx

@@ -88,7 +88,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> int:
     """Compare a model file with its checkpoint, depth by depth, against the reference."""
-    with needs("export"):
+    with needs("onnx,train" if file.is_dir() else "export,train"):
         from localdepth_export.importance import Importance
         from localdepth_export.verification import verify as run
 

@@ -3,17 +3,19 @@
     config.json                      the record: what the model is, how it is stored, where it comes from
     prelude.onnx pass.onnx coda.onnx the graphs of our engine, see ``ports``
     weights.bin                      what all graphs share, see ``layout``
-    tokenizer.json                   where the record names a tokenizer; chat_template.jinja may lie beside it
+    tokenizer.json                   where the record names a tokenizer
+    chat_template.jinja              where it has a checksum of one
 
-Whatever else lies there is for other programs and not read. ONNX Runtime gets the bytes of graphs as they were checked;
-of the weights it reads what these point to, pieces of a file that has the right length.
+Whatever else lies there is for other programs and not read. Graphs and texts have the checksums of the record. ONNX
+Runtime gets the bytes of graphs as they were checked; of the weights it reads what these point to, pieces of a file
+that has the right length.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from mmap import mmap
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,19 @@ from localdepth.gguf_container import map_file
 from localdepth.onnx_folder.graph import check_graph
 from localdepth.onnx_folder.layout import QUANTS, WEIGHTS, Layout, Piece, from_blocks, scales_of
 from localdepth.onnx_folder.ports import STAGE_GRAPHS
-from localdepth.onnx_folder.record import CONFIG, FORMAT, FORMAT_VERSION, OnnxRecord, graph_file
+from localdepth.onnx_folder.record import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    FORMAT,
+    FORMAT_VERSION,
+    TOKENIZER,
+    OnnxRecord,
+    graph_file,
+)
 from localdepth.record import Check, Provenance, TokenizerRecord
 
-__all__ = ["CHAT_TEMPLATE", "TOKENIZER", "OnnxFolder", "is_folder", "read"]
+__all__ = ["OnnxFolder", "is_folder", "read"]
 
-TOKENIZER, CHAT_TEMPLATE = "tokenizer.json", "chat_template.jinja"
 _AGAIN = "export it again: localdepth export onnx CHECKPOINT -o FOLDER"
 
 # Far beyond any real file; they bound the time a hostile one can take.
@@ -109,7 +118,7 @@ class OnnxFolder:
         return stored.astype(np.float32)
 
     def is_intact(self) -> bool:
-        """Whether graphs and weights are those that were written. Reads all of them."""
+        """Whether weights, graphs and tokenizer are those that were written. Reads all of them."""
         return all(_digest(self.path / name) == wanted for name, wanted in self.record.checksums.items())
 
     def close(self) -> None:
@@ -159,13 +168,8 @@ def read(path: str | os.PathLike[str]) -> OnnxFolder:
 
 
 def _interpret(path: Path, record: Mapping[str, Any]) -> OnnxFolder:
-    has_tokenizer = record.get("tokenizer") is not None
-    template = path / CHAT_TEMPLATE
-    known = OnnxRecord.from_dict(
-        record,
-        _read_text(path / TOKENIZER) if has_tokenizer else "",
-        _read_text(template) if has_tokenizer and os.path.lexists(template) else None,
-    )
+    known = OnnxRecord.from_dict(record)
+    known = replace(known, tokenizer=_read_tokenizer(path, known))
     layout = Layout(known.config, known.bits)
     graphs = {name: _read_graph(path / graph_file(name), name, known, layout) for name in STAGE_GRAPHS}
     weights = map_file(_inside(path / WEIGHTS))
@@ -176,13 +180,19 @@ def _interpret(path: Path, record: Mapping[str, Any]) -> OnnxFolder:
     return OnnxFolder(path, known, graphs, layout, weights)
 
 
+def _read_tokenizer(folder: Path, record: OnnxRecord) -> TokenizerRecord | None:
+    """The tokenizer of a record, with its texts."""
+    if record.tokenizer is None:
+        return None
+    template = _read_text(folder / CHAT_TEMPLATE, record) if CHAT_TEMPLATE in record.checksums else None
+    return replace(record.tokenizer, json=_read_text(folder / TOKENIZER, record), chat_template=template)
+
+
 def _read_graph(path: Path, name: str, record: OnnxRecord, layout: Layout) -> bytes:
-    raw = _read_bytes(path, _MAX_GRAPH)
-    if hashlib.sha256(raw).hexdigest() != record.checksums[path.name]:
-        raise ModelFileError(f"{path.name} is not what its checksum says, it was damaged or changed")
+    raw = _read_written(path, _MAX_GRAPH, record)
     try:
         check_graph(raw, name, record.config, layout)
-    except ModelFileError as error:
+    except (ConfigError, ModelFileError) as error:
         raise ModelFileError(f"{path.name}: {error}") from None
     return raw
 
@@ -199,11 +209,19 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, record: OnnxRecord) -> str:
     try:
-        return _read_bytes(path, _MAX_TEXT).decode()
+        return _read_written(path, _MAX_TEXT, record).decode()
     except UnicodeDecodeError:
         raise ModelFileError(f"{path.name} is not UTF-8") from None
+
+
+def _read_written(path: Path, limit: int, record: OnnxRecord) -> bytes:
+    """A small file, as it was when the record was made."""
+    raw = _read_bytes(path, limit)
+    if hashlib.sha256(raw).hexdigest() != record.checksums[path.name]:
+        raise ModelFileError(f"{path.name} is not what its checksum says, it was damaged or changed")
+    return raw
 
 
 def _read_bytes(path: Path, limit: int) -> bytes:

@@ -1,23 +1,25 @@
 """A graph of our engine, looked through before ONNX Runtime sees it.
 
 Kernels trust sizes and positions that reach them, so a graph must be one that our exporter could have written for the
-model: its ports, weights and operators are those of the model, where tokens stand comes from ``n_total`` alone, and
-attention gets as many as there are. What is left to go wrong, shapes that do not match, ONNX Runtime refuses by itself.
+model: its properties, ports, weights and operators are those of the model, where tokens stand comes from ``n_total``
+alone, and attention gets as many as there are. What is left to go wrong, shapes that do not match, ONNX Runtime
+refuses by itself.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from localdepth.config import ModelConfig
+from localdepth.config import ModelConfig, RopeStyle
 from localdepth.errors import ModelFileError
 from localdepth.onnx_folder.layout import BLOCK, ROPE_TABLES, WEIGHTS, Layout, Piece
 from localdepth.onnx_folder.ports import IR_VERSION, OPSETS, STAGE_GRAPHS, Port, cache_names, stage_ports
 from localdepth.onnx_folder.protobuf import Message, read_model
+from localdepth.onnx_folder.record import CONFIG, from_properties
 
 __all__ = ["check_graph"]
 
@@ -30,23 +32,24 @@ _DTYPES: dict[int, np.dtype[Any]] = {
     10: np.dtype(np.float16),
 }
 _EXTERNAL = 1  # data_location
+_FLOAT = 1  # type of an attribute
 _MAX_DIMS = 4
 _MAX_CONSTANT = 1024  # bytes; ours are lists of a few numbers
 _MAX_PADDING = 8  # numbers at the end of a head
-_ANY: range | None = None
 _FLAG = range(2)
 
-# Operators without attributes, and the attributes that the others may have; see ``_attributes`` for those with sizes.
+_Allowed = Mapping[str, Container[float]]  # the values that an attribute may have, by its name
+
+# Operators without attributes, and those whose attributes are the same for all models; see ``_attributes`` for others.
 _ELEMENTWISE = ("Add", "Div", "Max", "Mul", "Sub")
 _PLAIN = (*_ELEMENTWISE, "Identity", "Pad", "Reshape", "Sigmoid", "Slice", "Squeeze")
-_STANDARD: dict[str, dict[str, range | None]] = {
+_STANDARD: Mapping[str, _Allowed] = {
     **{op: {} for op in _PLAIN},
     "Cast": {"to": range(1, 11)},
     "Gather": {"axis": range(1)},
     "ReduceL2": {"keepdims": _FLAG},
     "ReduceMean": {"keepdims": _FLAG},
     "Shape": {"start": range(1, 2), "end": range(2, 3)},
-    "SimplifiedLayerNormalization": {"axis": range(-1, 0), "epsilon": _ANY},
 }
 
 
@@ -66,6 +69,7 @@ def check_graph(raw: bytes, name: str, config: ModelConfig, layout: Layout) -> N
 
     Raises:
         ModelFileError: it is damaged, or not one that our exporter writes for this model.
+        ConfigError: it does not say what model it is of.
     """
     model = read_model(raw)
     opsets = {item["domain"]: item["version"] for item in model["opset_import"]}
@@ -74,6 +78,7 @@ def check_graph(raw: bytes, name: str, config: ModelConfig, layout: Layout) -> N
     graph = model["graph"]
     if not graph:
         raise ModelFileError("there is no graph in the file")
+    _check_properties({item["key"]: item["value"] for item in model["metadata_props"]}, config)
     ports = stage_ports(config, name)
     _check_ports("input", graph["input"], ports.inputs)
     _check_ports("output", graph["output"], ports.outputs)
@@ -82,6 +87,13 @@ def check_graph(raw: bytes, name: str, config: ModelConfig, layout: Layout) -> N
     for node in graph["node"]:
         reading.add(node)
     reading.finish()
+
+
+def _check_properties(said: Mapping[str, str], config: ModelConfig) -> None:
+    """The record says of the model what the graph says; much of it can be seen nowhere else."""
+    ours, theirs = config.to_dict(), from_properties(said).to_dict()
+    if differing := [f"{name} {ours[name]} against {theirs[name]}" for name in ours if ours[name] != theirs[name]]:
+        raise ModelFileError(f"{CONFIG} and the graph are of different models: {', '.join(differing)}")
 
 
 def _check_ports(way: str, values: list[Message], wanted: Mapping[str, Port]) -> None:
@@ -174,9 +186,9 @@ class _Reading:
         if allowed is None:
             raise ModelFileError(f"the graph has an operator {op!r:.40} of {domain!r:.40}, which ours do not have")
         for attribute in node["attribute"]:
-            values = allowed.get(attribute["name"], range(0))
-            if values is not None and attribute["i"] not in values:
-                raise ModelFileError(f"{op} has {attribute['name']!r:.40} = {attribute['i']}, unlike this model")
+            value = attribute["f" if attribute["type"] == _FLOAT else "i"]
+            if value not in allowed.get(attribute["name"], ()):
+                raise ModelFileError(f"{op} has {attribute['name']!r:.40} = {value}, unlike this model")
         made = _Node(op, tuple(node["input"]), tuple(node["output"]))
         if unknown := [value for value in made.inputs if not (value == "" or self._is_known(value))]:
             raise ModelFileError(f"{op} takes {unknown[0]!r:.80} before it is made")
@@ -273,21 +285,26 @@ class _Reading:
         return node.op, *(self._origin(name, depth - 1) for name in node.inputs)
 
 
-def _attributes(config: ModelConfig, layout: Layout) -> dict[tuple[str, str], dict[str, range | None]]:
-    """What each operator may be told, by domain and name: an attribute's values; None are any."""
+def _attributes(config: ModelConfig, layout: Layout) -> dict[tuple[str, str], _Allowed]:
+    """What each operator may be told, by domain and name."""
 
-    def only(value: int) -> range:
-        return range(value, value + 1)
+    def only(value: float) -> Container[float]:
+        return (value,)
+
+    def only_float32(value: float) -> Container[float]:
+        with np.errstate(over="ignore"):  # no attribute is infinite
+            return only(float(np.float32(value)))
 
     widths = {"bits": range(4, 9, 4), "block_size": only(BLOCK)}
+    epsilon = only_float32(config.norm_eps)
     matrices = [shape for shape in config.tensors().values() if len(shape) == 2]
-    microsoft: dict[str, dict[str, range | None]] = {
+    microsoft: Mapping[str, _Allowed] = {
         "FusedMatMul": {"transB": only(1)},
         "GatherBlockQuantized": {**widths, "gather_axis": only(0), "quantize_axis": only(1)},
         "GroupQueryAttention": {
             "num_heads": only(config.n_head),
             "kv_num_heads": only(config.n_head_kv),
-            "scale": _ANY,
+            "scale": only_float32(1 / math.sqrt(config.head_dim)),
         },
         "MatMulNBits": {
             **widths,
@@ -298,10 +315,14 @@ def _attributes(config: ModelConfig, layout: Layout) -> dict[tuple[str, str], di
         "RotaryEmbedding": {
             "num_heads": range(1, config.n_head + 1),
             "rotary_embedding_dim": only(config.head_dim),
-            "interleaved": _FLAG,
+            "interleaved": only(config.rope_style is RopeStyle.INTERLEAVED),
         },
-        "SkipSimplifiedLayerNormalization": {"epsilon": _ANY},
+        "SkipSimplifiedLayerNormalization": {"epsilon": epsilon},
     }
-    return {("", op): allowed for op, allowed in _STANDARD.items()} | {
+    standard: Mapping[str, _Allowed] = {
+        **_STANDARD,
+        "SimplifiedLayerNormalization": {"axis": only(-1), "epsilon": epsilon},
+    }
+    return {("", op): allowed for op, allowed in standard.items()} | {
         ("com.microsoft", op): allowed for op, allowed in microsoft.items()
     }

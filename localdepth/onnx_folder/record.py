@@ -3,12 +3,15 @@
 model_type, format, format_version   "localdepth", "onnx", 1
 model                                every field of ``ModelConfig``
 bits                                 of the numbers of each matrix, by name
-checksums                            SHA-256 of the files of graphs and weights, by name
+checksums                            SHA-256 of weights, graphs, tokenizer and chat template, by file name
 tokenizer                            bos, eos, add_bos as in ``TokenizerRecord``, or null
 provenance                           see ``PROVENANCE_KINDS``
 check                                the fields of ``Check``, or null
+
+Every graph says the model's fields, too, among its properties: see ``as_properties``.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,12 +23,23 @@ from localdepth.onnx_folder.layout import WEIGHTS
 from localdepth.onnx_folder.ports import STAGE_GRAPHS
 from localdepth.record import PROVENANCE_KINDS, Check, CheckStatus, Provenance, TokenizerRecord
 
-__all__ = ["CONFIG", "FORMAT", "FORMAT_VERSION", "OnnxRecord", "graph_file"]
+__all__ = [
+    "CHAT_TEMPLATE",
+    "CONFIG",
+    "FORMAT",
+    "FORMAT_VERSION",
+    "TOKENIZER",
+    "OnnxRecord",
+    "as_properties",
+    "from_properties",
+    "graph_file",
+]
 
-CONFIG = "config.json"
+CONFIG, TOKENIZER, CHAT_TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
 FORMAT, FORMAT_VERSION = "onnx", 1
 
 _MODEL_TYPE = "localdepth"
+_PROPERTY = f"{_MODEL_TYPE}."  # before the name of a field
 _KEYS = (
     *("model_type", "format", "format_version", "model", "bits"),
     *("checksums", "tokenizer", "provenance", "check"),
@@ -40,13 +54,32 @@ def graph_file(name: str) -> str:
     return f"{name}.onnx"
 
 
+def as_properties(config: ModelConfig) -> dict[str, str]:
+    """What a graph says of its model: every field in JSON, under its key in a GGUF file."""
+    return {f"{_PROPERTY}{name}": json.dumps(value) for name, value in config.to_dict().items()}
+
+
+def from_properties(said: Mapping[str, str]) -> ModelConfig:
+    """Inverse of ``as_properties``; whatever else is said is passed over.
+
+    Raises:
+        ConfigError: missing or damaged fields.
+    """
+    names = [item.name for item in fields(ModelConfig) if f"{_PROPERTY}{item.name}" in said]
+    try:
+        values = {name: json.loads(said[f"{_PROPERTY}{name}"]) for name in names}
+    except (ValueError, RecursionError):
+        raise ConfigError("a field of the model is not JSON") from None
+    return ModelConfig.from_dict({name: _short(value) for name, value in values.items()})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxRecord:
     """What ``config.json`` says, and the tokenizer beside it.
 
     Attributes:
         bits: of the numbers of each matrix, by name.
-        checksums: SHA-256 in hex of ``weights.bin`` and the graphs, by file name.
+        checksums: SHA-256 in hex of ``weights.bin``, the graphs, and the texts of the tokenizer, by file name.
     """
 
     config: ModelConfig
@@ -72,8 +105,8 @@ class OnnxRecord:
         }
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any], tokenizer: str, chat_template: str | None) -> "OnnxRecord":
-        """Inverse of ``to_dict``; ``tokenizer`` and ``chat_template`` are the texts beside it.
+    def from_dict(cls, record: Mapping[str, Any]) -> "OnnxRecord":
+        """Inverse of ``to_dict``, but for the texts of the tokenizer, which lie beside it.
 
         Raises:
             ConfigError: missing or unknown keys, wrong types, or values that contradict each other.
@@ -85,7 +118,7 @@ class OnnxRecord:
             config=config,
             bits=_bits(record, config),
             checksums=_checksums(record),
-            tokenizer=_tokenizer(record, config.n_vocab, tokenizer, chat_template),
+            tokenizer=_tokenizer(record, config.n_vocab),
             provenance=_provenance(record),
             check=_check(record),
         )
@@ -125,7 +158,8 @@ def _bits(record: Mapping[str, Any], config: ModelConfig) -> dict[str, int]:
 
 def _checksums(record: Mapping[str, Any]) -> dict[str, str]:
     checksums = _get(record, "checksums", dict)
-    needed = (WEIGHTS, *map(graph_file, STAGE_GRAPHS))
+    texts = [] if record["tokenizer"] is None else [TOKENIZER]
+    needed = (WEIGHTS, *map(graph_file, STAGE_GRAPHS), *texts)
     if missing := [name for name in needed if name not in checksums]:
         raise ConfigError(f"checksums has none for {missing[0]}")
     if len(checksums) > _MAX_CHECKSUMS or any(Path(name).name != name or "\0" in name for name in checksums):
@@ -133,17 +167,16 @@ def _checksums(record: Mapping[str, Any]) -> dict[str, str]:
     return {name: _get(checksums, name, str) for name in checksums}
 
 
-def _tokenizer(record: Mapping[str, Any], n_vocab: int, text: str, chat_template: str | None) -> TokenizerRecord | None:
+def _tokenizer(record: Mapping[str, Any], n_vocab: int) -> TokenizerRecord | None:
     if record["tokenizer"] is None:
         return None
     special = _get(record, "tokenizer", dict)
     _check_keys("tokenizer", special, ("bos", "eos", "add_bos"))
     tokenizer = TokenizerRecord(
-        json=text,
+        json="",
         bos=None if special["bos"] is None else _get(special, "bos", int),
         eos=_list(special, "eos", int),
         add_bos=_get(special, "add_bos", bool),
-        chat_template=chat_template,
     )
     tokenizer.check_ids(n_vocab)
     return tokenizer

@@ -70,7 +70,7 @@ def _folders(repository: Repository, hub: Hub) -> Iterator[Ready]:
 def _folder(repository: Repository, place: PurePosixPath, record: dict[str, object]) -> Ready:
     where = f"{place / CONFIG} in {repository.repo}"
     try:
-        known = OnnxRecord.from_dict(record, "", None)
+        known = OnnxRecord.from_dict(record)
         n_bytes = Layout(known.config, known.bits).end
     except ConfigError as error:
         raise ModelFileError(f"{where}: {error}; pull another repository, or upgrade localdepth") from error

@@ -9,7 +9,7 @@ from localdepth.onnx_folder.layout import Layout
 from localdepth_export.convert import Export
 from localdepth_export.onnx_graphs.bits import as_text, choose_bits
 from localdepth_export.onnx_graphs.folder import write_folder
-from localdepth_export.onnx_graphs.single_file import write_single
+from localdepth_export.onnx_graphs.single_file import single_path, write_single
 from localdepth_export.onnx_graphs.source import Source
 from localdepth_export.onnx_graphs.weights import Pieces, as_pieces
 from localdepth_export.tensors import Progress, counted, read_finite
@@ -17,8 +17,6 @@ from localdepth_export.tokenizer_record import read_license, read_tokenizer
 from localdepth_train.checkpoint import Checkpoint
 
 __all__ = ["to_onnx", "write_onnx"]
-
-_SINGLE = "looped.onnx"
 
 
 def to_onnx(
@@ -43,8 +41,8 @@ def to_onnx(
         bits: of each number of a matrix: 32, 16 (float, computed in float32), 8 or 4 (in blocks that share a scale).
         core_bits: of what runs in every pass, the core and its injection, whose rounding errors add up with depth;
             None takes ``bits``.
-        single_file: write nothing but the looped graph with its weights inside, as ``out`` where that ends in .onnx,
-            else as looped.onnx in the folder ``out``.
+        single_file: write nothing but the looped graph with its weights inside, for other programs, as ``out`` where
+            that ends in .onnx, else as looped.onnx in the folder ``out``.
         depth: of the graph for onnxruntime-genai; None takes the model's default.
         source: where the checkpoint comes from; None takes the name of its directory.
         license_name: of the weights; None takes the one in the checkpoint's model card, if any.
@@ -86,7 +84,7 @@ def write_onnx(source: Source, out: Path, *, single_file: bool, depth: int | Non
     if single_file:
         if depth is not None:
             raise ConfigError(f"depth={depth} with a single file, whose depth is chosen when it runs; leave it out")
-        out = out if out.suffix == ".onnx" and not out.is_dir() else out / _SINGLE
+        out = single_path(out)
         write_single(source, out)
         written = [out]
     else:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from localdepth.config import ModelConfig
-from localdepth.onnx_folder.folder import CHAT_TEMPLATE, is_folder, read
+from localdepth.onnx_folder.folder import is_folder, read
 from localdepth.onnx_folder.layout import WEIGHTS, Layout
-from localdepth.onnx_folder.record import CONFIG, OnnxRecord, graph_file
-from localdepth.record import Check, CheckStatus
+from localdepth.onnx_folder.record import CHAT_TEMPLATE, CONFIG, TOKENIZER, OnnxRecord, graph_file
+from localdepth.record import Check, CheckStatus, TokenizerRecord
 from localdepth_export.onnx_graphs.builder import Builder
 from localdepth_export.onnx_graphs.looped import looped_exit_graph, looped_graph
 from localdepth_export.onnx_graphs.source import Source
@@ -60,14 +60,11 @@ def write_folder(source: Source, out: Path, depth: int | None = None) -> None:
         checksums = {WEIGHTS: write_weights(folder / WEIGHTS, config, layout, source.encode)}
         graphs = {name: make(config, layout) for name, make in _GRAPHS.items()}
         graphs[_UNROLLED] = unrolled_graph(config, layout, depth)
-        for name, graph in graphs.items():
-            raw = graph.model(name, properties).SerializeToString()
-            checksums[graph_file(name)] = hashlib.sha256(raw).hexdigest()
-            _write(folder / graph_file(name), raw)
-        for name, content in source.files.items():
+        ours = _texts(tokenizer)
+        ours |= {graph_file(name): graph.model(name, properties).SerializeToString() for name, graph in graphs.items()}
+        checksums |= {name: hashlib.sha256(content).hexdigest() for name, content in ours.items()}
+        for name, content in {**source.files, **ours}.items():
             _write(folder / name, content)
-        if tokenizer and tokenizer.chat_template is not None:
-            _write(folder / CHAT_TEMPLATE, tokenizer.chat_template.encode())
         _write_json(folder / _GENAI_CONFIG, genai_config(config, depth, graph_file(_UNROLLED), tokenizer))
         record = OnnxRecord(
             config=config,
@@ -90,6 +87,14 @@ def write_check(folder: str | os.PathLike[str], check: Check) -> None:
     with read(folder) as opened:
         record = replace(opened.record, check=check)
     _write_json(Path(folder) / CONFIG, record.to_dict())
+
+
+def _texts(tokenizer: TokenizerRecord | None) -> dict[str, bytes]:
+    """What of a tokenizer lies beside the record."""
+    if tokenizer is None:
+        return {}
+    texts = {TOKENIZER: tokenizer.json, CHAT_TEMPLATE: tokenizer.chat_template}
+    return {name: text.encode() for name, text in texts.items() if text is not None}
 
 
 def _is_export(folder: Path) -> bool:

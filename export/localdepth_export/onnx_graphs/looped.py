@@ -10,6 +10,8 @@ views of it and nothing is copied. ``looped_exit`` is a ``Loop``, which copies t
 kv_head_dim], in their places, and the last of the new planes in those that were not reached, where later tokens that
 run more passes look for it.
 
+``looped`` may also travel alone, its weights and tokenizer inside: see ``single_file``, which lists the properties.
+
 Both want the ``state`` s_0, [1,T,E], or [1,1,E] for all positions (zeros are the rule), and the ``rows`` to decode (-1
 is the last). For the rest see ``localdepth.onnx_folder.ports``.
 """

@@ -1,7 +1,17 @@
 """The looped graph with its weights inside: one file that goes wherever ONNX Runtime does.
 
-It says the same of its model as the graphs of a folder do, and the tokenizer is among its properties, under the keys
-of a GGUF file. The file is put together piece by piece, since ``onnx.save`` would hold all weights several times.
+It is for other programs: our engine runs folders. It says the same of its model as the graphs of a folder do, and its
+tokenizer, if it has one, under the keys of a GGUF file. All properties are text, whatever is not text itself is JSON:
+
+    localdepth.<field>              every field of ``ModelConfig``
+    localdepth.provenance.<name>    see ``PROVENANCE_KINDS``; lists with commas between
+    tokenizer.huggingface.json      the whole tokenizer.json
+    tokenizer.chat_template         as it was; only if there is one
+    tokenizer.ggml.bos_token_id     an id; only if there is one
+    tokenizer.ggml.eos_token_ids    a list of ids, each of which ends an answer
+    tokenizer.ggml.add_bos_token    whether every text begins with the first
+
+The file is put together piece by piece, since ``onnx.save`` would hold all weights several times.
 """
 
 from pathlib import Path
@@ -11,19 +21,39 @@ import onnx
 from onnx import helper, numpy_helper
 
 from localdepth.errors import ConfigError, StorageError
+from localdepth.onnx_folder.folder import is_folder
 from localdepth.onnx_folder.layout import Layout
+from localdepth.onnx_folder.record import graph_file
 from localdepth_export.onnx_graphs.looped import looped_graph
 from localdepth_export.onnx_graphs.source import Source
 from localdepth_export.onnx_graphs.weights import stretches
 from localdepth_train.output import replacing
 
-__all__ = ["write_single"]
+__all__ = ["single_path", "write_single"]
 
+_NAME = "looped"
 _MOST_BYTES = (1 << 31) - 1  # of a protobuf message
 _GRAPH, _INITIALIZER = onnx.ModelProto.GRAPH_FIELD_NUMBER, onnx.GraphProto.INITIALIZER_FIELD_NUMBER
 _RAW_DATA = onnx.TensorProto.RAW_DATA_FIELD_NUMBER
 _DELIMITED = 2  # wire type of messages and bytes
 _PRODUCER = b"localdepth"  # near the beginning of the files that we write
+
+
+def single_path(out: Path) -> Path:
+    """The file to write where ``out`` is asked for: itself if it ends in .onnx, else looped.onnx in the folder ``out``.
+
+    Raises:
+        StorageError: that folder is a file, or a model, which is all that its folder may hold.
+    """
+    path = out if out.suffix == ".onnx" and not out.is_dir() else out / graph_file(_NAME)
+    place = path.parent
+    if place.exists() and not place.is_dir():
+        raise StorageError(
+            f"{place} is a file, not a folder for {path.name}; name a file that ends in .onnx, or a folder"
+        )
+    if is_folder(place):
+        raise StorageError(f"{place} holds a model folder, whose files belong together; name a file or another folder")
+    return path
 
 
 def write_single(source: Source, path: Path) -> None:
@@ -34,7 +64,7 @@ def write_single(source: Source, path: Path) -> None:
         StorageError: the file cannot be written, or holds something else; what ``source.encode`` raises passes.
     """
     layout = source.layout
-    model = looped_graph(source.config, layout).model("looped", source.properties() | source.tokenizer_properties())
+    model = looped_graph(source.config, layout).model(_NAME, source.properties() | source.tokenizer_properties())
     heads = _take_weights(model.graph, layout)
     assert heads.keys() == layout.keys(), "the looped graph uses every piece once"
     sizes = {name: len(head) + layout[name].n_bytes for name, head in heads.items()}

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from localdepth.config import ModelConfig
-from localdepth.gguf import NAMESPACE, PROVENANCE, Key
+from localdepth.gguf import PROVENANCE, Key
 from localdepth.onnx_folder.layout import Layout
+from localdepth.onnx_folder.record import as_properties
 from localdepth.record import Provenance, TokenizerRecord
 from localdepth_export.onnx_graphs.weights import Encode
 
@@ -39,8 +40,7 @@ class Source:
 
     def properties(self) -> dict[str, str]:
         """What every graph says of its model, as text under the keys of a GGUF file."""
-        fields = {f"{NAMESPACE}{name}": json.dumps(value) for name, value in self.config.to_dict().items()}
-        return fields | {
+        return as_properties(self.config) | {
             f"{PROVENANCE}{name}": value if isinstance(value, str) else ", ".join(value)
             for name, value in self.provenance.items()
         }
