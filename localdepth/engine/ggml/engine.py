@@ -9,7 +9,7 @@ costs about 140 µs.
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -30,6 +30,7 @@ from localdepth.engine.ggml.parts import HEAD_ROWS, Parts, make_parts
 from localdepth.engine.ggml.plan import Planner, largest_graphs
 from localdepth.engine.ggml.span import GgmlSpan
 from localdepth.engine.ggml.weights import Weights, map_plain, matrices, move, pack
+from localdepth.engine.opening import check_free, open_all
 from localdepth.engine.room import check_room, free_bytes
 from localdepth.errors import EngineError
 from localdepth.gguf import GgufFile
@@ -105,18 +106,19 @@ class GgmlEngine:
     def prelude(self, work: Sequence[tuple[Kv, Ids]], states: Sequence[F32 | None]) -> list[Span]:
         self._check_alive()
         for (kv, ids), state in zip(work, states, strict=True):
-            _check_free(cast(GgmlKv, kv))
+            check_free(cast(GgmlKv, kv))
             check_span(self.config, self.limits, kv.n, ids, state)
-        return self._opened(
-            self._new_span(cast(GgmlKv, kv), ids, state) for (kv, ids), state in zip(work, states, strict=True)
+        return open_all(
+            (self._new_span(cast(GgmlKv, kv), ids, state) for (kv, ids), state in zip(work, states, strict=True)),
+            self.drop,
         )
 
     def reopen(self, kvs: Sequence[Kv]) -> list[Span]:
         self._check_alive()
         for kv in kvs:
-            _check_free(cast(GgmlKv, kv))
+            check_free(cast(GgmlKv, kv))
             assert len(set(kv.depths)) == 1, "all positions ran the same depth"
-        return self._opened(self._old_span(cast(GgmlKv, kv)) for kv in kvs)
+        return open_all((self._old_span(cast(GgmlKv, kv)) for kv in kvs), self.drop)
 
     def core(self, spans: Sequence[Span], n: int = 1) -> None:
         self._check_alive()
@@ -171,17 +173,6 @@ class GgmlEngine:
         """Native code would run into freed memory."""
         if self._closed:
             raise EngineError("this model is closed; load it again")
-
-    def _opened(self, spans: Iterator[GgmlSpan]) -> list[Span]:
-        opened: list[Span] = []
-        try:
-            for span in spans:
-                span.kv.busy = True
-                opened.append(span)
-        except BaseException:
-            self.drop(opened)
-            raise
-        return opened
 
     def _new_span(self, kv: GgmlKv, ids: Ids, state: F32 | None) -> GgmlSpan:
         span = GgmlSpan(kv, self.device, self.config, self.limits, kv.n, len(ids), self._look)
@@ -356,12 +347,6 @@ def _works(
     works[0] = replace(works[0], begins=begins)
     works[-1] = replace(works[-1], ends=ends)
     return tuple(works)
-
-
-def _check_free(kv: GgmlKv) -> None:
-    if kv.closed:
-        raise EngineError("this cache is closed; open another")
-    assert not kv.busy, "a Kv carries one open span"
 
 
 def _kind(name: str) -> str:

@@ -19,6 +19,7 @@ from localdepth.engine.onnx.kv import OnnxKv
 from localdepth.engine.onnx.plan import Planner, packs
 from localdepth.engine.onnx.session import Bound, Session, writes_in_place
 from localdepth.engine.onnx.span import OnnxSpan
+from localdepth.engine.opening import check_free, open_all
 from localdepth.engine.room import check_room, free_bytes
 from localdepth.errors import EngineError
 from localdepth.memory import MemoryPlan, check_fits
@@ -73,17 +74,17 @@ class OnnxEngine:
     def prelude(self, work: Sequence[tuple[Kv, Ids]], states: Sequence[F32 | None]) -> list[Span]:
         self._check_alive()
         for (kv, ids), state in zip(work, states, strict=True):
-            _check_free(cast(OnnxKv, kv))
+            check_free(cast(OnnxKv, kv))
             check_span(self.config, self.limits, kv.n, ids, state)
         pairs = zip(work, states, strict=True)
-        return self._opened(self._new_span(cast(OnnxKv, kv), ids, state) for (kv, ids), state in pairs)
+        return open_all((self._new_span(cast(OnnxKv, kv), ids, state) for (kv, ids), state in pairs), self.drop)
 
     def reopen(self, kvs: Sequence[Kv]) -> list[Span]:
         self._check_alive()
         for kv in kvs:
-            _check_free(cast(OnnxKv, kv))
+            check_free(cast(OnnxKv, kv))
             assert len(set(kv.depths)) == 1, "all positions ran the same depth"
-        return self._opened(self._old_span(cast(OnnxKv, kv)) for kv in kvs)
+        return open_all((self._old_span(cast(OnnxKv, kv)) for kv in kvs), self.drop)
 
     def core(self, spans: Sequence[Span], n: int = 1) -> None:
         self._check_alive()
@@ -121,17 +122,6 @@ class OnnxEngine:
     def _check_alive(self) -> None:
         if not self._sessions:
             raise EngineError("this model is closed; load it again")
-
-    def _opened(self, spans: Iterable[OnnxSpan]) -> list[Span]:
-        opened: list[Span] = []
-        try:
-            for span in spans:
-                span.kv.busy = True
-                opened.append(span)
-        except BaseException:
-            self.drop(opened)
-            raise
-        return opened
 
     def _new_span(self, kv: OnnxKv, ids: Ids, state: F32 | None) -> OnnxSpan:
         span = OnnxSpan(kv, self.config, self.limits, kv.n, len(ids))
@@ -205,9 +195,3 @@ class OnnxEngine:
         plan = self.plan(depth)
         loaded = sum(plan.packed.values()) + plan.scratch
         check_room(self.limits, self.plan, depth, kv, others, loaded, self._planner.smaller(depth, loading=False))
-
-
-def _check_free(kv: OnnxKv) -> None:
-    if kv.closed:
-        raise EngineError("this cache is closed; open another")
-    assert not kv.busy, "a Kv carries one open span"
